@@ -1,0 +1,1 @@
+"""Training: rows, pixels, batches, optimisation, checkpoints."""
