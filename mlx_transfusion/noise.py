@@ -1,7 +1,7 @@
 """Random numbers addressed by name: a draw depends on its own (seed, stream, index), on nothing drawn before.
 
-So picture i of a batch does not depend on the batch, a resumed training run sees the noise it would have seen, and
-any machine or language can repeat it. The definition, complete:
+So picture i of a batch does not depend on the batch, a resumed training run sees the noise it would have
+seen, and any machine or language can repeat it. The definition, complete:
 
     bits     64-bit words of Philox4x64-10 (Salmon et al. 2011); numpy keeps these raw words stable
     key      word 0: the seed;
@@ -16,7 +16,8 @@ any machine or language can repeat it. The definition, complete:
     permutation  the stable order that sorts n words
 
 Values fill an array in C order, so a larger array begins with the values of a smaller one. Different kinds,
-streams, seeds and indices never share bits: give every use a stream of its own, e.g. "train/angle", "train/noise".
+streams, seeds and indices never share bits: give every use a stream of its own, e.g. "train/angle",
+"train/noise".
 """
 
 import hashlib

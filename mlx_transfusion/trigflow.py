@@ -6,16 +6,17 @@ normalised to unit standard deviation (sigma_d = 1):
     x = cos(a) x0 + sin(a) z          state, z ~ N(0, 1)
     v = dx/da = cos(a) z - sin(a) x0  velocity, what the network means or is converted to
 
-The cosine schedule of Transfusion, sqrt(alpha_bar_t) = cos(pi t / 2T) (arXiv 2408.11039, section 3), is this very
-angle.
+The cosine schedule of Transfusion, sqrt(alpha_bar_t) = cos(pi t / 2T) (arXiv 2408.11039, section 3), is this
+very angle.
 
-The functions use array methods only and take numpy, MLX or torch arrays alike. `x`, `x0`, `noise`, `v` and `eps`
-share one shape, e.g. `[B, N, P]`. An angle is a number in radians or an array that broadcasts against them: turn one
-angle an image, `[B]`, into `[B, 1, 1]` with `per_image`. Floats are not promoted: float32 in, float32 out.
+The functions use array methods only and take numpy, MLX or torch arrays alike. `x`, `x0`, `noise`, `v` and
+`eps` share one shape, e.g. `[B, N, P]`. An angle is a number in radians or an array that broadcasts against
+them: turn one angle an image, `[B]`, into `[B, 1, 1]` with `per_image`. Floats are not promoted: float32 in,
+float32 out.
 
-Ill-conditioned ends. A prediction of z says nothing about x0 at pi/2, and a prediction of x0 nothing about z at 0.
-The two divisions by cos and sin are bounded there (`MAX_EPS_ANGLE`, `MIN_X0_ANGLE`); past a bound the result fades
-to 0 instead of growing without limit, and 0 is the right limit for data of zero mean.
+Ill-conditioned ends. A prediction of z says nothing about x0 at pi/2, and a prediction of x0 nothing about z
+at 0. The two divisions by cos and sin are bounded there (`MAX_EPS_ANGLE`, `MIN_X0_ANGLE`); past a bound the
+result fades to 0 instead of growing without limit, and 0 is the right limit for data of zero mean.
 """
 
 import math
@@ -36,10 +37,10 @@ NOISE_ANGLE = math.pi / 2
 """The angle of pure noise. 0 is the angle of data."""
 
 MAX_EPS_ANGLE = NOISE_ANGLE * 0.999
-"""Up to here dividing by cos(a) is exact. It is step 999 of the paper's 1000; there an error of eps grows 637-fold."""
+"""Up to here dividing by cos(a) is exact. It is step 999 of the paper's 1000: errors of eps grow 637-fold."""
 
 MIN_X0_ANGLE = NOISE_ANGLE * 0.001
-"""From here on dividing by sin(a) is exact. It is step 1 of 1000; there an error of x0 grows 637-fold."""
+"""From here on dividing by sin(a) is exact. It is step 1 of 1000: errors of x0 grow 637-fold."""
 
 
 def _call(name: str, *values: Any) -> Any:
@@ -136,7 +137,7 @@ def eps_from_x0(x: Array, x0: Array, angle: Angle) -> Array:
 
 
 def angle_from_flow_time(s: Angle) -> Angle:
-    """The angle atan(s / (1-s)) with the noise-to-data ratio of rectified flow at noise fraction `s` in [0, 1]."""
+    """The angle atan(s / (1-s)) of rectified flow's noise fraction `s` in [0, 1]."""
     return _call("arctan2", s, 1 - s)
 
 
@@ -149,8 +150,8 @@ def flow_time_from_angle(angle: Angle) -> Angle:
 def flow_to_trigflow(x_s: Array, u: Array, s: Angle) -> tuple[Array, Array, Angle]:
     """Rectified flow -> TrigFlow (x, v, angle).
 
-    `x_s` = (1-s) x0 + s z is its state, `u` = z - x0 its velocity, `s` its noise fraction. Exact at every s. A
-    checkpoint whose time 1 means data passes s = 1 - t and u = -v_checkpoint.
+    `x_s` = (1-s) x0 + s z is its state, `u` = z - x0 its velocity, `s` its noise fraction. Exact at every s.
+    A checkpoint whose time 1 means data passes s = 1 - t and u = -v_checkpoint.
     """
     squared = s * s + (1 - s) * (1 - s)
     norm = squared**0.5
@@ -168,7 +169,7 @@ def trigflow_to_flow(x: Array, v: Array, angle: Angle) -> tuple[Array, Array, An
 
 
 def angle_from_step(step: Angle, steps: int) -> Angle:
-    """The angle pi t / 2T of step t (0 data, T = `steps` noise, fractions allowed) of the paper's cosine schedule."""
+    """The angle pi t / 2T of step t of the paper's cosine schedule: 0 is data, T = `steps` is noise."""
     return step * (math.pi / (2 * steps))
 
 
@@ -180,8 +181,8 @@ def step_from_angle(angle: Angle, steps: int) -> Angle:
 def angle_from_alpha_bar(alpha_bar: float | Sequence[float] | np.ndarray) -> Any:
     """The angle with cos(a)^2 = alpha_bar: a float for a number, a float64 array for a table.
 
-    Raises UserError when a value lies outside [0, 1]. Computed as atan2(sqrt(1 - alpha_bar), sqrt(alpha_bar)),
-    because arccos would lose half of the digits near alpha_bar = 1.
+    Raises UserError when a value lies outside [0, 1]. Computed as atan2(sqrt(1 - alpha_bar),
+    sqrt(alpha_bar)), because arccos would lose half of the digits near alpha_bar = 1.
     """
     table = np.asarray(alpha_bar, np.float64)
     if not np.all((table >= 0) & (table <= 1)):
@@ -199,8 +200,8 @@ def alpha_bar_from_angle(angle: Angle) -> Angle:
 def index_from_angle(angle: float | np.ndarray, table: Sequence[float] | np.ndarray) -> Any:
     """The fractional index at which an increasing `table` of angles takes the value `angle`.
 
-    For a network conditioned on the index of its own schedule, whose table `angle_from_alpha_bar` makes. Angles
-    outside the table give its first or last index. Raises UserError when the table does not increase.
+    For a network conditioned on the index of its own schedule, whose table `angle_from_alpha_bar` makes.
+    Angles outside the table give its first or last index. Raises UserError when the table does not increase.
     """
     knots = np.asarray(table, np.float64)
     if knots.ndim != 1 or knots.size < 2 or not np.all(np.diff(knots) > 0):
@@ -215,8 +216,8 @@ def nichol_alpha_bar(steps: int, offset: float = 0.008, max_beta: float = 0.999)
     """alpha_bar of steps 1..`steps` (float64 `[steps]`) of the adjusted cosine schedule of improved DDPM.
 
     Nichol and Dhariwal 2021, equation 17: the cosine is shifted by `offset` so that the first step is not too
-    small, and beta is cut at `max_beta` so that the last one leaves some signal. Its angles differ from the pure
-    schedule's by at most 0.011 rad; a network trained on it converts by `angle_from_alpha_bar`.
+    small, and beta is cut at `max_beta` so that the last one leaves some signal. Its angles differ from the
+    pure schedule's by at most 0.011 rad; a network trained on it converts by `angle_from_alpha_bar`.
     """
     shifted = (np.arange(steps + 1) / steps + offset) / (1 + offset)
     curve = np.cos(shifted * (math.pi / 2)) ** 2
