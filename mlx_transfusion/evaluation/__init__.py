@@ -1,0 +1,1 @@
+"""Measures of a model: losses and perplexity, retrieval of pictures and captions."""

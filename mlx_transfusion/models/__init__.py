@@ -1,0 +1,1 @@
+"""Model families; one file each. A checkpoint's `model_type` names its file here."""

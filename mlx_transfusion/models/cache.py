@@ -1,0 +1,88 @@
+"""Keys and values of what has been read, for a batch of rows that may differ in length."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_transfusion.models.layers import KeysValues
+
+
+class KVCache:
+    """Frozen keys and values of B rows.
+
+    Every row occupies the same S columns; shorter rows have columns marked invalid, which attention masks.
+    `lengths` counts the valid ones and is the position of the next token. Arrays are replaced, never written
+    in place, so a copy made by `select` or `snapshot` stays as it was.
+    """
+
+    def __init__(self, layers: int, batch: int) -> None:
+        self.layers: list[KeysValues | None] = [None] * layers
+        self.valid = np.zeros((batch, 0), bool)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens each row has seen. int [B]"""
+        return self.valid.sum(1)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows B."""
+        return len(self.valid)
+
+    def offset(self) -> int | mx.array:
+        """Position of the next token: one number when all rows agree, else one per row [B]."""
+        lengths = self.lengths
+        if self.batch and (lengths == lengths[0]).all():
+            return int(lengths[0])
+        return mx.array(lengths.astype(np.int32))
+
+    def visible(self, new: np.ndarray | None = None) -> np.ndarray:
+        """Which columns may be looked at, followed by those of `new` tokens [B, T]. bool [B, S(+T)]"""
+        return self.valid if new is None else np.concatenate([self.valid, new], 1)
+
+    def append(self, new: list[KeysValues], valid: np.ndarray) -> None:
+        """Add T columns: one pair [B, K, T, E] per layer and which of them hold a token, bool [B, T]."""
+        for i, (k, v) in enumerate(new):
+            past = self.layers[i]
+            self.layers[i] = (
+                (k, v)
+                if past is None
+                else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
+            )
+        self.valid = np.concatenate([self.valid, valid], 1)
+
+    def select(self, rows: list[int]) -> KVCache:
+        """A new cache with the given rows, in that order (a row may repeat)."""
+        out = KVCache(len(self.layers), len(rows))
+        index = mx.array(rows)
+        out.layers = [None if p is None else (p[0][index], p[1][index]) for p in self.layers]
+        out.valid = self.valid[rows]
+        return out
+
+    def snapshot(self) -> KVCache:
+        """An independent copy (cheap: arrays are shared)."""
+        out = KVCache(len(self.layers), self.batch)
+        out.layers, out.valid = list(self.layers), self.valid
+        return out
+
+    def stack(self, other: KVCache) -> KVCache:
+        """A new cache with this one's rows followed by the other's; the shorter one is padded with invalid columns."""
+        columns = max(self.valid.shape[1], other.valid.shape[1])
+        a, b = self._widened(columns), other._widened(columns)
+        out = KVCache(len(self.layers), a.batch + b.batch)
+        for i, (p, q) in enumerate(zip(a.layers, b.layers, strict=True)):
+            if p is not None and q is not None:
+                out.layers[i] = (mx.concatenate([p[0], q[0]]), mx.concatenate([p[1], q[1]]))
+        out.valid = np.concatenate([a.valid, b.valid])
+        return out
+
+    def _widened(self, columns: int) -> KVCache:
+        missing = columns - self.valid.shape[1]
+        if not missing:
+            return self
+        out = KVCache(len(self.layers), self.batch)
+        pad = [(0, 0), (0, 0), (0, missing), (0, 0)]
+        out.layers = [None if p is None else (mx.pad(p[0], pad), mx.pad(p[1], pad)) for p in self.layers]
+        out.valid = np.pad(self.valid, [(0, 0), (0, missing)])
+        return out

@@ -1,0 +1,80 @@
+"""Images to token vectors and back: patchify, and the paper's linear patch encoder and decoder.
+
+Patches are in raster order; inside a patch the elements run row, column, channel.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_transfusion.config import ModelConfig
+
+
+def patchify(images: mx.array, patch_size: int) -> mx.array:
+    """[B, H, W, C] -> [B, N, patch_size*patch_size*C] with N = (H/p) * (W/p) in raster order."""
+    b, h, w, c = images.shape
+    p = patch_size
+    x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(patches: mx.array, height: int, width: int, patch_size: int) -> mx.array:
+    """Inverse of patchify: [B, N, P] -> [B, height, width, C]."""
+    b, p = patches.shape[0], patch_size
+    x = patches.reshape(b, height // p, width // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, width, -1)
+
+
+class AngleEmbedding(nn.Module):
+    """The noise angle in radians as a vector: sines and cosines of low frequencies, then a small MLP.
+
+    The highest frequency is 1, so that the derivative by the angle stays of order one and a consistency model
+    can start from these weights (arXiv 2410.11081, section 4.1).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n = config.time_frequencies
+        self._frequencies = 100.0 ** (-mx.arange(n) / max(1, n - 1))
+        self.fc1 = nn.Linear(2 * n, config.hidden_size)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, angle: mx.array) -> mx.array:
+        """Angles [B] in radians -> [B, D]."""
+        x = angle[:, None] * self._frequencies
+        return self.fc2(nn.silu(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))
+
+
+class PatchEncoder(nn.Module):
+    """Linear patch encoder; the angle embedding is added to every patch (arXiv 2408.11039, footnote 6).
+
+    It is added behind the linear layer, in the model's width, where it cannot collide with the few dimensions
+    of a patch; seen from the transformer this contains the paper's form.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_dim, config.hidden_size)
+        self.angle = AngleEmbedding(config)
+        if config.patch_positions == "learned":
+            self.position = 0.02 * mx.random.normal((config.patches_per_image, config.hidden_size))
+
+    def __call__(self, patches: mx.array, angle: mx.array) -> mx.array:
+        """Noisy patches [B, N, P] at angles [B] -> token vectors [B, N, D]."""
+        x = self.proj(patches) + self.angle(angle)[:, None]
+        return x + self.position if "position" in self else x
+
+
+class PatchDecoder(nn.Module):
+    """Linear patch decoder: hidden states back to image elements. Starts at zero, the mean of its target."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.patch_dim)
+        self.proj.weight = mx.zeros_like(self.proj.weight)
+        self.proj.bias = mx.zeros_like(self.proj.bias)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """[..., D] -> [..., P]."""
+        return self.proj(hidden)

@@ -1,0 +1,139 @@
+"""The Transfusion model (arXiv 2408.11039): one transformer that predicts tokens and denoises image patches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_transfusion import trigflow
+from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.layers import Block, Mask
+from mlx_transfusion.models.patches import PatchDecoder, PatchEncoder, patchify, unpatchify
+
+
+class TrainArrays(NamedTuple):
+    """What one training forward reads: packed rows of `sequence.PackedBatch` as mlx arrays."""
+
+    ids: mx.array  # int32 [B, T]
+    is_image: mx.array  # bool [B, T, 1]
+    patch_row: mx.array  # int32 [B, T]
+    patch_index: mx.array  # int32 [M*N]
+    text_index: mx.array  # int32 [K]
+    mask: mx.array  # bool [B, 1, T, T]
+    patches: mx.array  # float32 [M, N, P], already noised
+    angle: mx.array  # float32 [M]
+
+
+class Transfusion(nn.Module):
+    """Text embedding and head, linear patch encoder and decoder, and one decoder in between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens.weight = mx.random.normal(self.embed_tokens.weight.shape)
+        self.patch_encoder = PatchEncoder(config)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.patch_decoder = PatchDecoder(config)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration the model was built from."""
+        return self._config
+
+    # ---- training -------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
+        """One pass over packed sequences.
+
+        Returns the logits of the K text-loss positions [K, V] and the prediction for every patch [M, N, P]
+        (noise or velocity, by `config.prediction`). RoPE is relative, so positions may run on through a row
+        of several documents: only differences inside a document are ever seen.
+        """
+        m, n, _ = batch.patches.shape
+        tokens = self.patch_encoder(batch.patches, batch.angle).reshape(m * n, -1)
+        x = mx.where(batch.is_image, tokens[batch.patch_row], self.embed_tokens(batch.ids))
+        for layer in self.layers:
+            x, _ = layer(x, batch.mask)
+        x = self.norm(x).reshape(-1, x.shape[-1])
+        return self.lm_head(x[batch.text_index]), self.patch_decoder(x[batch.patch_index]).reshape(m, n, -1)
+
+    # ---- generation: the interface every image-making family offers ---------------------------------------------
+
+    def prefill(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[mx.array, KVCache]:
+        """Read prompts once. ids int [B, T] (right-padded), lengths int [B].
+
+        Returns the logits after each row's last token [B, V] and the cache of keys and values.
+        """
+        cache = KVCache(len(self.layers), len(ids))
+        return self.extend_text(ids, lengths, cache), cache
+
+    def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+        """Read further text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
+        ids, lengths = np.asarray(ids), np.asarray(lengths)
+        t = ids.shape[1]
+        new = np.arange(t) < lengths[:, None]
+        hidden = self._decode_tokens(
+            self.embed_tokens(mx.array(ids)), _text_mask(cache, new), cache, store=new
+        )
+        last = hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
+        return self.lm_head(last)
+
+    def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
+        """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache."""
+        out = self.patch_decoder(self._decode_image(x, angle, cache, store=False))
+        if self.config.prediction == "velocity":
+            return out
+        return trigflow.velocity_from_eps(x, out, angle[:, None, None])
+
+    def extend_image(self, x0: mx.array, cache: KVCache) -> None:
+        """Read CLEAN patches [B, N, P] (angle 0) into `cache`, so that what follows sees the finished picture."""
+        self._decode_image(x0, mx.zeros((x0.shape[0],)), cache, store=True)
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, C] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
+        x = (pixels * 2 - 1 - mx.array(self.config.image_mean)) / self.config.image_std
+        return patchify(x, self.config.patch_size)
+
+    def decode(self, patches: mx.array) -> mx.array:
+        """Patches [B, N, P] -> pixels [B, H, W, C], clipped to [0, 1]."""
+        c = self.config
+        x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
+        return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
+
+    def _decode_image(self, x: mx.array, angle: mx.array, cache: KVCache, store: bool) -> mx.array:
+        new = np.ones(x.shape[:2], bool)
+        visible = cache.visible(new)
+        mask = None if visible.all() else mx.array(visible[:, None, None])
+        return self._decode_tokens(self.patch_encoder(x, angle), mask, cache, new if store else None)
+
+    def _decode_tokens(
+        self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None
+    ) -> mx.array:
+        """Run the decoder on new token vectors [B, T, D]; `store` (which of them are real) puts them in the cache."""
+        offset = cache.offset()
+        added = []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x, new = layer(x, mask, offset, past)
+            added.append(new)
+        if store is not None:
+            cache.append(added, store)
+        return self.norm(x)
+
+
+def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:
+    """Causal among the new tokens, everything valid in the cache; the cheap forms where they serve."""
+    t, s = new.shape[1], cache.valid.shape[1]
+    if new.all() and cache.valid.all():
+        return None if t == 1 else "causal"
+    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
+    mask = causal & cache.visible(new)[:, None]
+    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
+    mask |= np.eye(t, s + t, s, dtype=bool)
+    return mx.array(mask[:, None])
