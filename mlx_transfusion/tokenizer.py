@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -120,7 +119,9 @@ class Tokenizer:
             raise UserError(f"{file}: not a valid {kind}: restore the file or train it again") from error
         if special is None:
             if isinstance(backend, _HuggingFace):
-                raise UserError(f"{file}: a tokenizer.json needs the special token ids (pad ... eoi) of the config")
+                raise UserError(
+                    f"{file}: a tokenizer.json needs the special token ids (pad ... eoi) of the config"
+                )
             special = backend.special()
         return cls(backend, special, data, HUGGINGFACE_FILE if is_json else SENTENCEPIECE_FILE)
 
@@ -182,44 +183,13 @@ def train_sentencepiece(texts: Iterable[str], output: str | os.PathLike[str], vo
             pad_piece="<pad>",
             control_symbols=[BOI_PIECE, EOI_PIECE],  # take the next free ids: 4 and 5
             num_threads=1,  # sums of floats depend on how the threads share the sentences
-            max_sentence_length=1 << 24,  # SentencePiece silently drops longer lines; its default is 4192 bytes
+            max_sentence_length=1
+            << 24,  # SentencePiece silently drops longer lines; its default is 4192 bytes
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         raise UserError(_explain_training_error(str(error), vocab_size)) from error
     _write_atomically(Path(output), model.getvalue())
-
-
-def read_texts(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
-    """Texts of .txt files (one a line) and .jsonl files ("text" of each row, or of its "segments").
-
-    Raises UserError naming file and line for a missing file, broken JSON, or a row without text.
-    """
-    for path in map(Path, paths):
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"{path}: expected a .txt file (one text a line) or a .jsonl file with \"text\"")
-        try:
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield from [line] if path.suffix == ".txt" else _row_texts(line, f"{path}:{number}")
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the input: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error.reason}") from error
-
-
-def _row_texts(line: str, where: str) -> list[str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg}") from error
-    if isinstance(row, dict):
-        parts = row["segments"] if isinstance(row.get("segments"), list) else [row]
-        texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if texts:
-            return texts
-    raise UserError(f'{where}: expected an object with "text"')
 
 
 def _explain_training_error(message: str, vocab_size: int) -> str:
@@ -231,7 +201,9 @@ def _explain_training_error(message: str, vocab_size: int) -> str:
     if re.search(r"required_chars|smaller than|too small", message, re.IGNORECASE):
         numbers = re.search(r"(\d+) vs (\d+)", message)
         need = f"at least {numbers[2]}" if numbers else "a larger one"
-        return f"vocabulary size {vocab_size} is too small (bytes and characters alone need more): give {need}"
+        return (
+            f"vocabulary size {vocab_size} is too small (bytes and characters alone need more): give {need}"
+        )
     return f"SentencePiece could not train a vocabulary of {vocab_size}: {' '.join(message.split())}"
 
 

@@ -19,15 +19,21 @@ def _group() -> None:
 @app.command()
 def train(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help='.txt (one text a line) or .jsonl files with "text".')
+        list[Path],
+        typer.Argument(metavar="INPUT...", help='.txt (one text a line) or .jsonl files with "text".'),
     ],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens, specials and bytes included.")] = 2048,
-    output: Annotated[Path, typer.Option(help="Where to write the SentencePiece model.")] = Path("tokenizer.model"),
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="Number of tokens, specials and bytes included.")
+    ] = 2048,
+    output: Annotated[Path, typer.Option(help="Where to write the SentencePiece model.")] = Path(
+        "tokenizer.model"
+    ),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
 ) -> None:
     """Train a lower-casing unigram SentencePiece model with byte fallback."""
     from mlx_transfusion.errors import UserError
-    from mlx_transfusion.tokenizer import read_texts, train_sentencepiece
+    from mlx_transfusion.tokenizer import train_sentencepiece
+    from mlx_transfusion.training.rows import read_texts
 
     if output.is_dir():
         raise UserError(f"{output}: is a folder: give a file name with --output")

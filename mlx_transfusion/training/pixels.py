@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.training.rows import IMAGE_FORMATS, ImageRef
+from mlx_transfusion.training.image_store import IMAGE_FORMATS, ImageRef
 
 BYTES_PER_GIB = 1 << 30
 
