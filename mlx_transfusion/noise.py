@@ -26,7 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .errors import UserError
+from mlx_transfusion.errors import UserError
 
 Index = int | tuple[int, ...]
 """Which draw of a stream: one number or up to three, e.g. (image, step)."""

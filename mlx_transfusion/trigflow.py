@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from mlx_transfusion.errors import UserError
 
 Array = Any
 """An array of numpy, MLX or torch: no common type describes all three."""
