@@ -20,7 +20,7 @@ BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that stand for structure, never for text (begin / end of image: Transfusion section 3.1)."""
+    """Ids of the tokens for structure, never for text. boi, eoi: begin, end of image (Transfusion, 3.1)."""
 
     pad: int = 0
     bos: int = 1
@@ -57,8 +57,8 @@ class _SentencePiece:
         boi, eoi = sp.piece_to_id(BOI_PIECE), sp.piece_to_id(EOI_PIECE)
         if not (sp.is_control(boi) and sp.is_control(eoi)):
             raise UserError(
-                f"the tokenizer has no {BOI_PIECE} and {EOI_PIECE} control symbols: give their ids in the model's "
-                "config, or train a tokenizer with `mlx-transfusion tokenizer train`"
+                f"the tokenizer has no control symbols {BOI_PIECE} and {EOI_PIECE}: give their ids in the "
+                "model's config, or train a tokenizer with `mlx-transfusion tokenizer train`"
             )
         return SpecialIds(sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id(), boi, eoi)
 
@@ -96,15 +96,15 @@ class Tokenizer:
         bad = sorted(i for i in self._structural if not 0 <= i < self.vocab_size)
         if bad or len(self._structural) != 6:
             raise UserError(
-                f"{file_name}: special ids {special} must be six different ids from 0 to {self.vocab_size - 1}"
+                f"{file_name}: {special} must be six different ids from 0 to {self.vocab_size - 1}"
             )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], special: SpecialIds | None = None) -> Tokenizer:
-        """Read `tokenizer.model` (SentencePiece) or `tokenizer.json` (HF tokenizers), or a folder that holds one.
+        """Read `tokenizer.model` (SentencePiece), `tokenizer.json` (HF tokenizers), or a folder with one.
 
-        special: the structural ids; a SentencePiece model of ours knows its own, a `tokenizer.json` needs them
-        from the model's config. Raises UserError for a missing, corrupt or unsuitable file.
+        special: the structural ids. A SentencePiece model of ours knows its own; a `tokenizer.json` needs
+        them from the model's config. Raises UserError for a missing, corrupt or unsuitable file.
         """
         file = _find_file(Path(path))
         try:

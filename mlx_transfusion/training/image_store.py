@@ -101,14 +101,12 @@ def open_images(path: Path) -> ImageStore:
 
 
 def image_problem(data: bytes) -> str:
-    """Why `data` is no readable image, or "". Checks the header and check sums; does not decode the pixels."""
+    """Why `data` is no readable image, or "". Checks header and check sums; does not decode the pixels."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.verify()
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise SyntaxError, struct.error and others for corrupt files
+    except Exception as error:  # noqa: BLE001 - Pillow raises SyntaxError, struct.error and others
         return f"cannot be decoded: {type(error).__name__}: {error}".split(" <_io")[0]
     return ""

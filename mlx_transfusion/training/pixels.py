@@ -53,8 +53,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Resize so that the smaller side fits, and crop the centre: RGB image -> uint8 [H, W, 3].
 
-    A whole shrinking factor is the mean over boxes; any other factor is Lanczos, widened by the factor when it
-    shrinks, so that it does not alias.
+    A whole shrinking factor is the mean over boxes. Any other factor is Lanczos, which Pillow widens by the
+    factor when it shrinks, so that it does not alias.
     """
     if image.width * height <= image.height * width:  # integers decide: 32 / (32 / 96) need not be 96
         crop_width, crop_height = float(image.width), image.width * height / width
@@ -84,18 +84,18 @@ def load_pixels(
     errors: dict[int, Exception] = {}
 
     def load(index: np.ndarray) -> np.ndarray:
-        # Errors are carried out by hand: an exception inside mlx-data's threads reaches us as another type, or,
-        # behind some of its prefetchers, aborts the process.
+        # Errors are carried out by hand: an exception in a thread of mlx-data aborts the process behind some
+        # of its prefetchers, and the first in time need not be the first in order.
         i = int(index)
         try:
             return fit(decode_image(refs[i].read(), str(refs[i])), height, width)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             errors[i] = error
             return np.zeros((height, width, 3), np.uint8)
 
     # ordered_prefetch, never Stream.prefetch: the latter gives samples out of order.
     stream = (
-        mlx.data.buffer_from_vector([{"image": i} for i in range(len(refs))])
+        mlx.data.buffer_from_vector([{"image": i} for i in range(len(refs))])  # type: ignore[attr-defined]
         .key_transform("image", load)
         .ordered_prefetch(2 * threads, threads)
     )
@@ -106,7 +106,7 @@ def load_pixels(
 
 
 def flip(pixels: np.ndarray, flips: Sequence[bool] | None) -> np.ndarray:
-    """Mirror left to right the images of pixels [N, H, W, C] whose flag is set, in place; None flips nothing."""
+    """Mirror left to right, in place, the images of pixels [N, H, W, C] whose flag is set (None: none)."""
     if flips is not None:
         if len(flips) != len(pixels):
             raise ValueError(f"{len(flips)} flips for {len(pixels)} images")

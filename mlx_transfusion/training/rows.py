@@ -61,7 +61,7 @@ def load_rows(source: Source, *, skip_bad_rows: bool = False, check_images: bool
 
     check_images: also open each distinct image and verify its format and check sums, without decoding it
     (that an image exists is always checked). Raises UserError naming file and line of the first bad row, or
-    with `skip_bad_rows` keeps its message in `bad_rows`; always for a file that is missing or has no good row.
+    with `skip_bad_rows` keeps its message in `bad_rows`; always for a missing file or one without good rows.
     """
     if not source.rows.is_file():
         raise UserError(f"{source.rows}: no such file of rows (jsonl)")
@@ -90,7 +90,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         with path.open("rb") as file:
             yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     except OSError as error:
-        raise UserError(f"{path}: cannot read the rows: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
 
 
 def _parse(line: bytes, checker: _ImageChecker, origin: tuple[str, int]) -> Row:
@@ -111,7 +111,7 @@ def _parse(line: bytes, checker: _ImageChecker, origin: tuple[str, int]) -> Row:
     return Row(segments, kind, origin, {key: row[key] for key in row if key not in keys})
 
 
-def _json(line: bytes | str) -> object:
+def _json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -173,20 +173,16 @@ def read_texts(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     for path in map(Path, paths):
         if path.suffix not in (".txt", ".jsonl"):
             raise UserError(f'{path}: expected a .txt file (one text a line) or a .jsonl file with "text"')
-        try:
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield from [line] if path.suffix == ".txt" else _row_texts(line)
-        except _BadRowError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the input: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error.reason}") from error
+        for number, line in _lines(path):
+            try:
+                yield from [line.decode("utf-8")] if path.suffix == ".txt" else _row_texts(line)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from error
+            except _BadRowError as error:
+                raise UserError(f"{path}:{number}: {error}") from error
 
 
-def _row_texts(line: str) -> list[str]:
+def _row_texts(line: bytes) -> list[str]:
     row = _json(line)
     if isinstance(row, dict):
         parts = row["segments"] if isinstance(row.get("segments"), list) else [row]
