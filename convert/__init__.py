@@ -1,0 +1,1 @@
+"""Converters of foreign checkpoints; installed as `mlx_transfusion.convert`."""
