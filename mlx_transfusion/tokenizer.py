@@ -15,6 +15,7 @@ from mlx_transfusion.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
+MAX_LINE_BYTES = 1 << 24
 BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 
 
@@ -183,8 +184,7 @@ def train_sentencepiece(texts: Iterable[str], output: str | os.PathLike[str], vo
             pad_piece="<pad>",
             control_symbols=[BOI_PIECE, EOI_PIECE],  # take the next free ids: 4 and 5
             num_threads=1,  # sums of floats depend on how the threads share the sentences
-            max_sentence_length=1
-            << 24,  # SentencePiece silently drops longer lines; its default is 4192 bytes
+            max_sentence_length=MAX_LINE_BYTES,  # longer lines are silently dropped, by default over 4192
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
