@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.trigflow import NOISE_ANGLE, Array, eps_from_velocity, log_snr, rotate, x0_from_velocity
@@ -27,20 +28,16 @@ from mlx_transfusion.trigflow import NOISE_ANGLE, Array, eps_from_velocity, log_
 Velocity = Callable[[Array, float], Array]
 Noise = Callable[[int], Array]
 Callback = Callable[[int, int, Array, Array], None]
-SamplerFunction = Callable[[Velocity, Array, Sequence[float], Noise | None, Callback | None], Array]
+Angles = Sequence[float]
 
 
-def _report(callback: Callback | None, step: int, angles: Sequence[float], x: Array, x0: Array) -> None:
+def _report(callback: Callback | None, step: int, angles: Angles, x: Array, x0: Array) -> None:
     if callback is not None:
         callback(step, len(angles) - 1, x, x0)
 
 
 def ddpm(
-    velocity: Velocity,
-    x: Array,
-    angles: Sequence[float],
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
 ) -> Array:
     """The paper's ancestral sampler (Ho et al. 2020, equations 6 and 7) on any subset of the angles.
 
@@ -49,9 +46,9 @@ def ddpm(
 
         mean = cos(b) x0 + k sin(b) eps        standard deviation = sin(b) sqrt(1 - k^2)
 
-    The share k of the old noise is kept, the rest drawn anew; its square is Ho's beta-tilde, and 1 - k^2 =
-    sin(a-b) sin(a+b) / (sin(a) cos(b))^2 has no cancellation. From a = pi/2 all noise is new, and the last
-    step draws none. Raises UserError when `noise` is missing or for bad angles.
+    The share k of the old noise is kept and the rest drawn anew. The variance is Ho's beta-tilde, and 1 - k^2
+    = sin(a-b) sin(a+b) / (sin(a) cos(b))^2 has no cancellation. From a = pi/2 all noise is new; the last step
+    draws none. Raises UserError when `noise` is missing or for bad angles.
     """
     check_angles(angles)
     if noise is None:
@@ -71,11 +68,7 @@ def ddpm(
 
 
 def ddim(
-    velocity: Velocity,
-    x: Array,
-    angles: Sequence[float],
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
 ) -> Array:
     """First order, one evaluation a step: the exact rotation of sCM's equation 26, DDIM in TrigFlow's terms.
 
@@ -91,11 +84,7 @@ def ddim(
 
 
 def heun(
-    velocity: Velocity,
-    x: Array,
-    angles: Sequence[float],
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
 ) -> Array:
     """Second order, two evaluations a step, one in the last: Heun's method (Karras et al. 2022, algorithm 1).
 
@@ -114,11 +103,7 @@ def heun(
 
 
 def midpoint(
-    velocity: Velocity,
-    x: Array,
-    angles: Sequence[float],
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
 ) -> Array:
     """Second order, two evaluations a step: the velocity half way drives the whole step.
 
@@ -137,11 +122,7 @@ def midpoint(
 
 
 def dpmpp_2m(
-    velocity: Velocity,
-    x: Array,
-    angles: Sequence[float],
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
 ) -> Array:
     """Second order, one evaluation a step: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2; sCM equation 28).
 
@@ -161,6 +142,19 @@ def dpmpp_2m(
         before = x0
         _report(callback, step, angles, x, x0)
     return x
+
+
+class SamplerFunction(Protocol):
+    """The signature that all samplers share (see the top of the file)."""
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        x: Array,
+        angles: Angles,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -230,7 +224,7 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
     return [math.atan((high + (low - high) * i / (steps - 1)) ** _KARRAS_RHO) for i in range(steps)] + [0.0]
 
 
-def check_angles(angles: Sequence[float]) -> None:
+def check_angles(angles: Angles) -> None:
     """Raises UserError unless the angles decrease strictly from at most pi/2 to exactly 0."""
     if len(angles) < 2:
         raise UserError(

@@ -75,7 +75,7 @@ def check_settings(
 
 
 def _ids(ids: Iterable[int], size: int) -> np.ndarray:
-    """The distinct ids, int64. Raises UserError outside the vocabulary, where numpy would take -1 for the last."""
+    """The distinct ids, int64. Raises UserError outside the vocabulary; numpy would take -1 for its last."""
     array = np.unique(np.fromiter(ids, np.int64))
     if array.size and not (array[0] >= 0 and array[-1] < size):
         raise UserError(
