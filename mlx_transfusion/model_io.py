@@ -1,0 +1,270 @@
+"""A model as a folder of files, laid out as mlx-lm users know it: write it, read it back, quantise it.
+
+config.json                   ModelConfig's fields, and the extra tables of EXTRA_KEYS
+model.safetensors             weights, or model-00001-of-0000N.safetensors above 5 GiB
+model.safetensors.index.json  which file holds which weight
+tokenizer.model               SentencePiece (or tokenizer.json)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_path import CONFIG_FILE, display_name, resolve
+from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
+from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
+
+INDEX_FILE = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 << 30
+EXTRA_KEYS = ("training", "objective", "quantization", "quantization_config")
+"""Tables that config.json may hold besides the model's own fields: how it was trained, which loss it was
+distilled with, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
+
+FAMILIES = {"transfusion": Transfusion}
+"""`model_type` of config.json -> class."""
+
+
+@dataclass
+class Loaded:
+    """A model ready for use."""
+
+    model: Transfusion
+    tokenizer: Tokenizer
+    config: ModelConfig
+    path: Path
+    name: str
+    """Bundled name, hub id or folder name: what is recorded in pictures."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The tables of EXTRA_KEYS that config.json holds."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of the weight files' bytes: which weights these are."""
+        digest = hashlib.sha256()
+        for file in weight_files(self.path):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        return digest.hexdigest()[:16]
+
+
+def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None = None) -> Loaded:
+    """Read a model: None or "emoji" (bundled), a folder, or "org/name" of the Hugging Face hub.
+
+    dtype: of the floating-point weights; None keeps the stored one, except on the CPU, where it is float32
+    and quantised weights are expanded (half-precision and quantised products are 40 times slower there).
+    Raises UserError for whatever is missing, corrupt or does not fit the config.
+    """
+    path = resolve(name)
+    config, extra = read_config(path)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if dtype is None and on_cpu:
+        dtype = mx.float32
+    model = build(config)
+    weights = read_weights(path)
+    if "quantization" in extra:
+        quantize_like(model, weights, extra["quantization"], str(path))
+    check_weights(model, weights, str(path))
+    model.load_weights(list(weights.items()))
+    if on_cpu and dequantize(model):
+        extra = {k: v for k, v in extra.items() if not k.startswith("quantization")}
+    if dtype is not None:
+        model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    tokenizer = Tokenizer.load(path, special=special_ids(config))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is "
+            f"{config.vocab_size}: use the tokenizer that the model was trained with"
+        )
+    return Loaded(model, tokenizer, config, path, display_name(name, path), extra)
+
+
+def build(config: ModelConfig) -> Transfusion:
+    """A model with fresh (lazy, not yet allocated) weights. Raises UserError for an unknown `model_type`."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f'config: model_type is "{config.model_type}", expected one of {", ".join(FAMILIES)}')
+    return FAMILIES[config.model_type](config)
+
+
+def special_ids(config: ModelConfig) -> SpecialIds:
+    """The structural token ids of a config, for `Tokenizer.load`."""
+    c = config
+    return SpecialIds(
+        pad=c.pad_token_id, bos=c.bos_token_id, eos=c.eos_token_id,
+        unk=c.unk_token_id, boi=c.boi_token_id, eoi=c.eoi_token_id,
+    )  # fmt: skip
+
+
+def load_config(name: str | os.PathLike[str] | None = None) -> ModelConfig:
+    """The config of a model, without its weights. Raises UserError as `load`."""
+    return read_config(resolve(name))[0]
+
+
+def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """config.json of a model folder: the model's fields, and the extra tables. Raises UserError."""
+    file = path / CONFIG_FILE
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the config: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: expected an object, found {type(data).__name__}")
+    extra = {key: data.pop(key) for key in EXTRA_KEYS if key in data}
+    return ModelConfig.from_dict(data, str(file)), extra
+
+
+# ---- weights ----
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weight files of a model folder, by its index if it has one. Raises UserError when it has none."""
+    index = path / INDEX_FILE
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            files = [path / name for name in sorted(names)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not a readable weight index: {error}") from error
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise UserError(f"{path}: weight files are missing: {', '.join(absent)}")
+    else:
+        files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{path} is not a model folder: it has no model.safetensors")
+    return files
+
+
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """All (lazy) weights of a model folder. Raises UserError for a corrupt file."""
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(path):
+        try:
+            weights |= mx.load(str(file))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{file}: corrupt weights, copy or download the file again: {error}") from error
+    return weights
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, mx.array], where: str) -> None:
+    """Raises UserError listing missing, unexpected and misshapen weights (mlx accepts some of the last)."""
+    expected = {name: value.shape for name, value in _flat(model).items()}
+    faults = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
+    faults += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
+    faults += [
+        f"{name} has shape {list(weights[name].shape)}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & weights.keys())
+        if tuple(weights[name].shape) != tuple(expected[name])
+    ]
+    if faults:
+        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise UserError(f"{where}: the weights do not fit the config: {shown}")
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: Transfusion,
+    tokenizer: Tokenizer | str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    dtype: mx.Dtype | None = None,
+) -> Path:
+    """Write a model folder (created when missing) that `load` reads; returns its path.
+
+    extra: tables for config.json, from EXTRA_KEYS. dtype: of the stored floating-point weights (None: as they
+    are). Every file is written under another name, synced and renamed, config.json last. Raises UserError
+    when the folder cannot be written or the disk is full; files that were there before stay whole.
+    """
+    path = Path(folder)
+    if unknown := sorted(set(extra or {}) - set(EXTRA_KEYS)):
+        raise UserError(
+            f"config.json has no place for {', '.join(unknown)}: expected {', '.join(EXTRA_KEYS)}"
+        )
+    config = model.config.to_dict() | dict(extra or {})
+    if (quantization := quantization_of(model)) is not None:
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    weights = {name: _stored(value, dtype) for name, value in sorted(_flat(model).items())}
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer, special=special_ids(model.config))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+        _save_weights(path, weights, parameter_count(model))
+        _write_json(path / CONFIG_FILE, config)
+    except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot write the model: {error}") from error
+    return path
+
+
+def _flat(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def _stored(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    return value.astype(dtype) if dtype is not None and mx.issubdtype(value.dtype, mx.floating) else value
+
+
+def _save_weights(path: Path, weights: dict[str, mx.array], parameters: int) -> None:
+    shards = _shards(weights, MAX_FILE_BYTES)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = (
+            "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
+        temporary = path / f".{name}.partial.safetensors"
+        try:
+            mx.save_safetensors(str(temporary), shard, {"format": "mlx"})
+            _sync(temporary)
+            os.replace(temporary, path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        weight_map |= dict.fromkeys(shard, name)
+    size = sum(value.nbytes for value in weights.values())
+    metadata = {"total_size": size, "total_parameters": parameters}
+    _write_json(path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _shards(weights: dict[str, mx.array], limit: int) -> list[dict[str, mx.array]]:
+    """Weights in their order, in groups of at most `limit` bytes (a larger weight stands alone)."""
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    return shards
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        temporary.write_text(json.dumps(data, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    """Force a file to the disk, so that a rename after it never shows a name without the bytes."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())

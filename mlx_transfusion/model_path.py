@@ -1,0 +1,76 @@
+"""Where a model lies: the bundled one, a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+from mlx_transfusion.errors import UserError
+
+BUNDLED = "emoji"
+"""Name of the model that comes with the package."""
+
+CONFIG_FILE = "config.json"
+
+# What a model folder may hold for us; never code.
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str | os.PathLike[str] | None) -> Path:
+    """The folder of a model.
+
+    name: None or "emoji" (bundled), a folder (one that exists wins), or "org/name" of the
+    Hugging Face hub, which is downloaded once. Raises UserError when there is no such model.
+    """
+    text = BUNDLED if name is None else os.fspath(name)
+    path = Path(text).expanduser()
+    if path.exists():
+        return _checked(path)
+    if text == BUNDLED:
+        return _bundled()
+    if not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise UserError(
+            f'model "{text}" does not exist: give a model folder, "org/name" of the Hugging Face hub, '
+            f'or "{BUNDLED}", the bundled model'
+        )
+    return _checked(_download(text))
+
+
+def display_name(name: str | os.PathLike[str] | None, path: Path) -> str:
+    """A model's name for people and for the settings in a picture: no folders of this machine in it."""
+    if name is None or os.fspath(name) == BUNDLED:
+        return BUNDLED
+    return os.fspath(name) if not Path(name).exists() else path.resolve().name
+
+
+def _bundled() -> Path:
+    path = Path(str(resources.files("mlx_transfusion") / "bundled" / BUNDLED))
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f'the bundled model "{BUNDLED}" is missing from this installation: install the package again, '
+            "or name another model with --model"
+        )
+    return path
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a model folder: expected a folder with {CONFIG_FILE} and weights")
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} is not a model folder: it has no {CONFIG_FILE}")
+    return path
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+    except Exception as error:  # the client raises types of several libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f'model "{repository}": no such folder, and the Hugging Face hub cannot give it: {reason}'
+        ) from error
