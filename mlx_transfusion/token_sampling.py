@@ -97,8 +97,9 @@ def _filtered(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np
         # Stable, so that of equal tokens the lower id goes first on every machine.
         order = np.argsort(-weights, kind="stable")
         kept = order[:top_k] if top_k else order
-        ahead = np.cumsum(weights[kept]) - weights[kept]
-        kept = kept[ahead < top_p * weights[kept].sum()]
+        reached = np.cumsum(weights[kept])
+        ahead = np.concatenate([[0.0], reached[:-1]])
+        kept = kept[ahead < top_p * reached[-1]]
         in_nucleus = np.zeros(weights.size, bool)
         in_nucleus[kept] = True
         keep &= in_nucleus

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_transfusion import noise
@@ -37,6 +37,7 @@ def documented_words(kind: str, stream: str, seed: int, index: tuple[int, int, i
     return words[:count]
 
 
+@settings(deadline=None)
 @given(seed=WORDS, index=st.tuples(WORDS, WORDS, WORDS), stream=st.text(max_size=10), count=st.integers(1, 9))
 def test_uniform_is_the_documented_definition(
     seed: int, index: tuple[int, int, int], stream: str, count: int
@@ -118,6 +119,7 @@ def test_types_and_shapes() -> None:
     assert noise.integers(0, 0, 3, 4).dtype == np.int64
 
 
+@settings(deadline=None)
 @given(seed=WORDS, epoch=st.integers(0, 1000), n=st.integers(0, 50))
 def test_permutation_is_one(seed: int, epoch: int, n: int) -> None:
     assert sorted(noise.permutation(seed, epoch, n).tolist()) == list(range(n))

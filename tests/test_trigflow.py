@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_transfusion import trigflow as tf
@@ -33,6 +33,7 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 @PRECISIONS
+@settings(deadline=None)
 @given(seed=SEEDS, angle=ANY)
 def test_state_and_velocity_give_back_data_and_noise(
     dtype: type, tolerance: float, seed: int, angle: float
@@ -44,6 +45,7 @@ def test_state_and_velocity_give_back_data_and_noise(
     assert x.dtype == v.dtype == dtype
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, angle=st.floats(0.01, 1.56))
 def test_velocity_is_the_derivative_of_the_state(seed: int, angle: float) -> None:
     x0, z = pair(seed)
@@ -52,6 +54,7 @@ def test_velocity_is_the_derivative_of_the_state(seed: int, angle: float) -> Non
     close(tf.velocity_target(x0, z, angle), slope, 1e-7)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, angle=ANY, following=ANY)
 def test_rotation_follows_a_constant_estimate_exactly(seed: int, angle: float, following: float) -> None:
     x0, z = pair(seed)
@@ -70,6 +73,7 @@ def test_ends_are_data_and_noise() -> None:
 
 
 @PRECISIONS
+@settings(deadline=None)
 @given(seed=SEEDS, angle=SAFE)
 def test_eps_and_x0_predictions_convert_exactly(
     dtype: type, tolerance: float, seed: int, angle: float
@@ -84,6 +88,7 @@ def test_eps_and_x0_predictions_convert_exactly(
 
 
 @PRECISIONS
+@settings(deadline=None)
 @given(seed=SEEDS, angle=SAFE)
 def test_conversions_of_any_prediction_go_round(
     dtype: type, tolerance: float, seed: int, angle: float
@@ -98,6 +103,7 @@ def test_conversions_of_any_prediction_go_round(
 
 
 @PRECISIONS
+@settings(deadline=None)
 @given(seed=SEEDS, angle=ANY)
 def test_the_form_without_division_is_exact_everywhere(
     dtype: type, tolerance: float, seed: int, angle: float
@@ -107,6 +113,7 @@ def test_the_form_without_division_is_exact_everywhere(
     close(tf.cos_velocity_from_eps(x, z, angle), math.cos(angle) * v, tolerance / 100)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, angle=st.floats(tf.MAX_EPS_ANGLE, tf.NOISE_ANGLE))
 def test_eps_conversions_fade_past_their_bound(seed: int, angle: float) -> None:
     x0, z = pair(seed)
@@ -117,6 +124,7 @@ def test_eps_conversions_fade_past_their_bound(seed: int, angle: float) -> None:
     close(tf.x0_from_eps(x, z, angle), fade * x0, 1e-10)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, angle=st.floats(0, tf.MIN_X0_ANGLE))
 def test_x0_conversions_fade_before_their_bound(seed: int, angle: float) -> None:
     x0, z = pair(seed)
@@ -152,6 +160,7 @@ def test_bounds_are_steps_1_and_999_of_the_papers_1000() -> None:
 # --- rectified flow ---
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, s=st.floats(0, 1))
 def test_rectified_flow_converts_exactly_both_ways(seed: int, s: float) -> None:
     x0, z = pair(seed)
@@ -165,6 +174,7 @@ def test_rectified_flow_converts_exactly_both_ways(seed: int, s: float) -> None:
     assert back == pytest.approx(s, abs=1e-14)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, angle=ANY)
 def test_any_prediction_goes_round_through_rectified_flow(seed: int, angle: float) -> None:
     x, v = pair(seed)
@@ -184,6 +194,7 @@ def test_the_flow_ode_and_the_trigflow_ode_are_one() -> None:
     close((ahead - behind) / (high - low), v, 1e-8)
 
 
+@settings(deadline=None)
 @given(s=st.floats(0, 1))
 def test_flow_time_goes_round(s: float) -> None:
     assert tf.flow_time_from_angle(tf.angle_from_flow_time(s)) == pytest.approx(s, abs=1e-14)
@@ -192,6 +203,7 @@ def test_flow_time_goes_round(s: float) -> None:
 # --- steps ---
 
 
+@settings(deadline=None)
 @given(step=st.floats(0, 1000), steps=st.integers(1, 4000))
 def test_steps_of_the_cosine_schedule(step: float, steps: int) -> None:
     step = min(step, steps)
@@ -202,6 +214,7 @@ def test_steps_of_the_cosine_schedule(step: float, steps: int) -> None:
     )
 
 
+@settings(deadline=None)
 @given(angle=ANY)
 def test_alpha_bar_goes_round(angle: float) -> None:
     assert tf.angle_from_alpha_bar(tf.alpha_bar_from_angle(angle)) == pytest.approx(angle, abs=3e-8)
@@ -242,6 +255,7 @@ def test_a_table_that_does_not_increase_is_one_line(table: Any) -> None:
         tf.index_from_angle(0.1, table)
 
 
+@settings(deadline=None)
 @given(angle=st.floats(1e-6, 1.57))
 def test_log_snr(angle: float) -> None:
     assert tf.log_snr(angle) == pytest.approx(math.log(math.cos(angle) / math.sin(angle)), abs=1e-9)
