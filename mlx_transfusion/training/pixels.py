@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -79,30 +79,41 @@ def load_pixels(
     _check_size(height, width, threads)
     if not refs:
         return np.zeros((0, height, width, 3), np.uint8)
-    import mlx.data  # late: reading rows and help texts needs no pipeline
-
-    errors: dict[int, Exception] = {}
+    problems: dict[int, str] = {}
 
     def load(index: np.ndarray) -> np.ndarray:
-        # Errors are carried out by hand: an exception in a thread of mlx-data aborts the process behind some
-        # of its prefetchers, and the first in time need not be the first in order.
+        # Messages are carried out by hand: an exception in a thread of mlx-data aborts the process behind
+        # some of its prefetchers, and the first in time need not be the first in order.
         i = int(index)
         try:
             return fit(decode_image(refs[i].read(), str(refs[i])), height, width)
         except Exception as error:  # noqa: BLE001
-            errors[i] = error
+            problems[i] = str(error)
             return np.zeros((height, width, 3), np.uint8)
 
-    # ordered_prefetch, never Stream.prefetch: the latter gives samples out of order.
-    stream = (
-        mlx.data.buffer_from_vector([{"image": i} for i in range(len(refs))])  # type: ignore[attr-defined]
-        .key_transform("image", load)
-        .ordered_prefetch(2 * threads, threads)
-    )
-    pixels = np.stack([sample["image"] for sample in stream])
-    if errors:
-        raise errors[min(errors)]
+    pixels = np.stack(_in_order(load, len(refs), threads))
+    if problems:
+        raise UserError(problems[min(problems)])
     return flip(pixels, flips)
+
+
+def _in_order(load: Callable[[np.ndarray], np.ndarray], count: int, threads: int) -> list[np.ndarray]:
+    """load(0), load(1) ... load(count - 1), computed on `threads` threads of mlx-data."""
+    import mlx.data  # late: reading rows and help texts needs no pipeline
+
+    indices = mlx.data.buffer_from_vector([{"image": i} for i in range(count)])  # type: ignore[attr-defined]
+    # ordered_prefetch, never Stream.prefetch: the latter gives samples out of order. Not more than `count`
+    # ahead: then mlx-data 0.1 starts all over at the end, and its threads outlive the loop.
+    stream = indices.key_transform("image", load).ordered_prefetch(min(2 * threads, count), threads)
+    results = []
+    try:
+        for sample in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
+            results.append(sample["image"])
+    finally:
+        # Here and now, also after Ctrl-C: the stream's destructor joins its threads. Left to the frames of
+        # a traceback and the garbage collector it may run on one of those threads, which aborts the process.
+        del stream
+    return results
 
 
 def flip(pixels: np.ndarray, flips: Sequence[bool] | None) -> np.ndarray:
