@@ -1,0 +1,196 @@
+"""Text and pictures in one stream: the model writes until it opens an image, paints it, and writes on.
+
+Transfusion, arXiv 2408.11039, section 3.1: tokens are sampled as in any language model; on BOI a picture is
+painted with everything so far as its condition; then the clean picture joins the context, EOI follows because
+the layout says so, and text goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_transfusion import noise
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.events import Finished, GeneratedImage, Painted, Step, Token
+from mlx_transfusion.images import ImageLike, load_pixels
+from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.painting import paint_after, prefill
+from mlx_transfusion.records import completion_record
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.text_stream import TextStream
+from mlx_transfusion.text_to_image import check_pictures, guide_prefix, step_reporter, to_uint8
+from mlx_transfusion.token_sampling import sample_token
+
+TOKEN_STREAM = "generate/token"
+"""Uniform number of token k of a document at its seed: index k (noise.py)."""
+
+OnStep = Callable[[Step], None]
+
+
+def complete(
+    loaded: Loaded,
+    prompt: str | Sequence[str | ImageLike],
+    seed: int = 0,
+    settings: GenerationSettings = DEFAULTS,
+    on_step: OnStep | None = None,
+) -> Iterator[Token | Painted | Finished]:
+    """Continue a document that may hold pictures: yields text and pictures as they come, then `Finished`.
+
+    prompt: a text, or segments: texts are str, images anything else of ImageLike (a file as a Path). on_step
+    is called while a picture is painted, where a generator cannot yield. Raises UserError, before anything is
+    written, for bad settings and for a prompt that is empty or leaves no room.
+    """
+    settings.check()
+    if settings.max_images:
+        check_pictures(loaded)
+    segments: list[str | ImageLike] = [prompt] if isinstance(prompt, str) else list(prompt)
+    document = _Document(loaded, segments, seed, settings, on_step)
+    return document.run()
+
+
+def describe(loaded: Loaded, image: ImageLike, seed: int = 0, settings: GenerationSettings = DEFAULTS) -> str:
+    """What the model says about an image: text after it until EOS, by default always the likeliest token.
+
+    Raises UserError when the image cannot be read.
+    """
+    from dataclasses import replace
+
+    pixels = load_pixels(image, loaded.config.image_height, loaded.config.image_width)
+    events = complete(loaded, [pixels], seed, replace(settings, max_images=0))
+    return "".join(event.text for event in events if isinstance(event, Token)).strip()
+
+
+class _Document:
+    """One growing document: its keys and values, and the text run at its end."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        segments: list[str | ImageLike],
+        seed: int,
+        settings: GenerationSettings,
+        on_step: OnStep | None,
+    ) -> None:
+        self.loaded, self.model, self.config = loaded, loaded.model, loaded.config
+        self.seed, self.settings, self.on_step = seed, settings, on_step
+        self.prompt = " ".join(s for s in segments if isinstance(s, str))
+        noise.uniform(seed, 0)  # a bad seed shall not come up after an hour of painting
+        self.guide: KVCache | None = None
+        if settings.max_images and settings.guidance != 1:
+            self.guide = prefill(self.model, [guide_prefix(loaded, settings)])
+        self.pictures = 0
+        self.written: list[int] = []  # text tokens so far, the prompt's too
+        self.run_ids: list[int] = []  # those since the last picture
+        self._read(segments)
+
+    def run(self) -> Iterator[Token | Painted | Finished]:
+        """Write and paint until the document ends, a stop text comes, or there is no more room."""
+        text = TextStream(self.loaded.tokenizer, self.run_ids, self.settings.stop)
+        reason: str = "length"
+        count = 0
+        while count < self.settings.max_tokens and self._room() > 0:
+            token = self._next_token(count)
+            count += 1
+            if token == self.config.eos_token_id:
+                reason = "stop"
+                break
+            if token == self.config.boi_token_id:
+                yield from _token(text.flush())
+                yield Painted(self._paint())
+                text = TextStream(self.loaded.tokenizer, (), self.settings.stop)
+                continue
+            yield from _token(text.push(token))
+            if text.stopped:
+                reason = "stop"
+                break
+            self.written.append(token)
+            self._extend([token])
+        yield from _token(text.flush())
+        yield Finished("stop" if reason == "stop" else "length")
+
+    def _read(self, segments: list[str | ImageLike]) -> None:
+        """Read the prompt: BOS, then texts and images in their order."""
+        c = self.config
+        parts = [
+            self.loaded.tokenizer.encode(s)
+            if isinstance(s, str)
+            else load_pixels(s, c.image_height, c.image_width)
+            for s in segments
+        ]
+        if not any(isinstance(part, np.ndarray) or part for part in parts):
+            raise UserError("the prompt is empty: give some text to continue")
+        length = 1 + sum(len(part) if isinstance(part, list) else c.patches_per_image + 2 for part in parts)
+        if length >= c.max_position:
+            raise UserError(
+                f"the prompt is too long: {length} tokens with its pictures, and model {self.loaded.name} takes "
+                f"at most {c.max_position - 1}"
+            )
+        self.cache = KVCache(c.num_hidden_layers, 1)
+        pending = [c.bos_token_id]
+        for part in parts:
+            if isinstance(part, list):
+                pending += part
+                self.written += part
+                self.run_ids += part
+            else:
+                self._extend([*pending, c.boi_token_id])
+                pixels = mx.array(part[None].astype(np.float32) / 255)
+                self.model.extend_image(self.model.encode(pixels), self.cache)
+                pending, self.run_ids = [c.eoi_token_id], []
+        self._extend(pending)
+
+    def _extend(self, ids: list[int]) -> None:
+        """Read text tokens; the logits of what follows them are kept."""
+        self.logits = self.model.extend_text(np.array([ids], np.int32), np.array([len(ids)]), self.cache)
+
+    def _room(self) -> int:
+        """Tokens that still fit the longest sequence of the model."""
+        return self.config.max_position - int(self.cache.lengths[0])
+
+    def _next_token(self, index: int) -> int:
+        s, c = self.settings, self.config
+        banned = [c.pad_token_id, c.bos_token_id, c.unk_token_id, c.eoi_token_id]
+        banned += range(self.loaded.tokenizer.vocab_size, c.vocab_size)  # rows that only round the size up
+        if self.pictures >= s.max_images or self._room() < c.patches_per_image + 2:
+            banned.append(c.boi_token_id)
+        return sample_token(
+            self.logits[0],
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            repetition_penalty=s.repetition_penalty,
+            previous=self.written,
+            banned=banned,
+            u=float(noise.uniform(self.seed, index, stream=TOKEN_STREAM)),
+        )
+
+    def _paint(self) -> GeneratedImage:
+        """Paint the picture that BOI opens, and read it."""
+        start = time.perf_counter()
+        index = self.pictures
+        self._extend([self.config.boi_token_id])
+        patches = paint_after(
+            self.model,
+            self.cache,
+            [self.seed],
+            self.settings,
+            guide=self.guide,
+            picture=index,
+            callback=step_reporter(self.loaded, [index], self.on_step),
+        )
+        self.model.extend_image(patches, self.cache)
+        self._extend([self.config.eoi_token_id])
+        self.pictures += 1
+        pixels = to_uint8(self.model.decode(patches))[0]
+        record = completion_record(self.loaded, self.prompt, self.seed, self.settings, index)
+        return GeneratedImage(pixels, self.prompt, self.seed, index, record, time.perf_counter() - start)
+
+
+def _token(piece: tuple[str, tuple[int, ...]]) -> Iterator[Token]:
+    if piece[0]:
+        yield Token(*piece)

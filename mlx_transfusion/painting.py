@@ -1,0 +1,127 @@
+"""From a prompt's keys and values to a picture: the diffusion half of generation.
+
+The prompt is read once. Its keys and values stay frozen over all steps, because the prompt cannot see the
+picture behind it (arXiv 2408.11039, section 3.1); so does the second prompt, without the caption, that
+classifier-free guidance compares with. Both are evaluated in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_transfusion import noise, sampling, trigflow
+from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+
+START_STREAM, STEP_STREAM = "generate/start", "generate/step"
+"""Noise of picture k of a document at its seed: index k of the first, (k, step) of the second (noise.py)."""
+
+
+def paint(
+    model: Transfusion,
+    prefix_ids: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: GenerationSettings = DEFAULTS,
+    *,
+    negative_ids: Sequence[int] | None = None,
+    callback: sampling.Callback | None = None,
+) -> mx.array:
+    """Paint one picture after each prefix: B prefixes that end in BOI, B seeds -> clean patches [B, N, P].
+
+    negative_ids: the prefix that guidance leads away from, BOS BOI when None. callback(step, steps, x, x0)
+    after every step. A picture depends on its own prefix and seed only. Raises UserError for bad settings.
+    """
+    settings.check()
+    cache = prefill(model, prefix_ids)
+    guide = None
+    if settings.guidance != 1:
+        c = model.config
+        guide = prefill(model, [negative_ids or [c.bos_token_id, c.boi_token_id]])
+    return paint_after(model, cache, seeds, settings, guide=guide, callback=callback)
+
+
+def prefill(model: Transfusion, prefix_ids: Sequence[Sequence[int]]) -> KVCache:
+    """Keys and values of B prefixes of any lengths.
+
+    Each distinct prefix is read once and by itself: its numbers then are the same to the last bit, whatever
+    else is in the batch.
+    """
+    read = {ids: model.prefill(*padded([ids], 0))[1] for ids in dict.fromkeys(map(tuple, prefix_ids))}
+    caches = list(read.values())
+    cache = reduce(KVCache.stack, caches)
+    places = {ids: row for row, ids in enumerate(read)}
+    rows = [places[tuple(ids)] for ids in prefix_ids]
+    return cache if rows == list(range(len(caches))) else cache.select(rows)
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as (ids int32 [B, T], padded on the right; lengths int32 [B])."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.full((len(rows), int(lengths.max())), pad_id, np.int32)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = values
+    return ids, lengths
+
+
+def paint_after(
+    model: Transfusion,
+    cache: KVCache,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    guide: KVCache | None = None,
+    picture: int = 0,
+    callback: sampling.Callback | None = None,
+) -> mx.array:
+    """Paint one picture after each row of `cache` (B rows, each ending in BOI) -> clean patches [B, N, P].
+
+    guide: the keys and values that guidance leads away from, of B rows or of one for all; None means without
+    guidance. picture: its number in the document, which addresses its noise. The caches stay as they are.
+    """
+    shape = (model.config.patches_per_image, model.config.patch_dim)
+    x = _stack([noise.normal(seed, picture, shape, START_STREAM) for seed in seeds])
+
+    def fresh(step: int) -> mx.array:
+        return _stack([noise.normal(seed, (picture, step), shape, STEP_STREAM) for seed in seeds])
+
+    sampler = sampling.get_sampler(settings.sampler)
+    velocity = _guided_velocity(model, cache, guide, settings)
+    x = sampler.function(velocity, x, _angles(model, settings), fresh, callback)
+    mx.eval(x)
+    return x
+
+
+def _stack(arrays: list[np.ndarray]) -> mx.array:
+    return mx.array(np.stack(arrays))
+
+
+def _angles(model: Transfusion, settings: GenerationSettings) -> list[float]:
+    """The angles of a run; one of a network that predicts eps starts half a step below the useless pi/2."""
+    steps = settings.steps_in_use
+    start = trigflow.NOISE_ANGLE * (1.0 if model.config.prediction == "velocity" else 1 - 0.5 / steps)
+    return sampling.angle_schedule(steps, start, settings.spacing)
+
+
+def _guided_velocity(
+    model: Transfusion, cache: KVCache, guide: KVCache | None, settings: GenerationSettings
+) -> sampling.Velocity:
+    """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active."""
+    guidance = sampling.Guidance(settings.guidance, settings.guidance_interval)
+    batch = cache.batch
+    both = None
+    if guide is not None:
+        both = cache.stack(guide if guide.batch == batch else guide.select([0] * batch))
+
+    def velocity(x: mx.array, angle: float) -> mx.array:
+        mx.eval(x)  # one graph a step, not one for all
+        if both is None or not guidance.active(angle):
+            return model.velocity(x, mx.full((batch,), angle), cache)
+        v = model.velocity(mx.concatenate([x, x]), mx.full((2 * batch,), angle), both)
+        return sampling.guided(v[:batch], v[batch:], guidance.scale)
+
+    return velocity

@@ -1,0 +1,75 @@
+"""What a picture's PNG says about how it was made, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+
+
+def image_record(
+    loaded: Loaded, prompt: str, seed: int, settings: GenerationSettings, batch: int = 1, row: int = 0
+) -> dict[str, Any]:
+    """What a PNG says about how it was made; `settings_from_record` reads it back."""
+    from mlx_transfusion import __version__
+
+    c = loaded.config
+    return {
+        "version": __version__,
+        "model": loaded.name,
+        "model_hash": loaded.fingerprint,
+        "prompt": prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": seed,
+        "steps": settings.steps_in_use,
+        "sampler": settings.sampler,
+        "spacing": settings.spacing,
+        "guidance": settings.guidance,
+        "guidance_interval": list(settings.guidance_interval),
+        "width": c.image_width,
+        "height": c.image_height,
+        "batch": {"size": batch, "row": row},
+    }
+
+
+def completion_record(
+    loaded: Loaded, prompt: str, seed: int, settings: GenerationSettings, picture: int
+) -> dict[str, Any]:
+    """As `image_record`, for picture `picture` of a completion, which `generate --from` cannot repeat."""
+    return image_record(loaded, prompt, seed, settings) | {
+        "completion": {
+            "picture": picture,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "repetition_penalty": settings.repetition_penalty,
+        }
+    }
+
+
+def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettings:
+    """The settings in a picture's record. Raises UserError naming `where` when it is damaged."""
+    if "completion" in record:
+        raise UserError(
+            f"{where}: was painted inside a text: repeat it with `complete`, the same prompt and seed"
+        )
+    try:
+        settings = replace(
+            DEFAULTS,
+            sampler=str(record["sampler"]),
+            steps=int(record["steps"]),
+            spacing=str(record["spacing"]),
+            guidance=float(record["guidance"]),
+            guidance_interval=(float(record["guidance_interval"][0]), float(record["guidance_interval"][1])),
+            negative_prompt=str(record["negative_prompt"]),
+            batch_size=int(record["batch"]["size"]),
+        )
+        str(record["prompt"]), int(record["seed"]), int(record["batch"]["row"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{where}: its settings are damaged ({error!r}): cannot repeat the picture"
+        ) from error
+    return settings.check()
