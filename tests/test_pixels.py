@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,6 +72,7 @@ def test_shrinking_does_not_alias(size: int) -> None:
     assert small[2:-2, 2:-2].std() < 64  # picking every so-many-th pixel gives 127
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40))
 def test_any_size_fits_any_other(height: int, width: int, to_height: int, to_width: int) -> None:
     out = fit(Image.new("RGB", (width, height), (10, 200, 30)), to_height, to_width)
@@ -80,6 +81,7 @@ def test_any_size_fits_any_other(height: int, width: int, to_height: int, to_wid
     assert (out == (10, 200, 30)).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(0, 20), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_centre_crop_against_slices(factor: int, extra: int, height: int, width: int, tall: bool) -> None:
     rows, columns = height * factor + extra * tall, width * factor + extra * (not tall)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -199,6 +199,7 @@ def test_a_tar_cut_off_names_the_image(folder: Path) -> None:
         store.read("b.png")
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.from_regex(r"[a-zé🙂]{1,130}\.png", fullmatch=True), st.binary(max_size=2000), max_size=6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -72,6 +72,7 @@ def test_case_and_compatibility_forms_fold(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("red heart")) < len("red heart")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_decode_of_encode_is_the_normalised_text(tokenizer: Tokenizer, text: str) -> None:
     # Exactly: SentencePiece's own normalisation (NFKC, case folding, runs of space to one, none at the ends);
@@ -82,6 +83,7 @@ def test_decode_of_encode_is_the_normalised_text(tokenizer: Tokenizer, text: str
     assert not {0, 1, 2, 3, 4, 5} & set(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*THINGS, *VERBS, "yellow", "日本", "é", "🙂", "<boi>", "7"])))
 def test_normal_text_comes_back_unchanged(tokenizer: Tokenizer, words: list[str]) -> None:
     assert tokenizer.decode(tokenizer.encode(" ".join(words))) == " ".join(words)
@@ -99,6 +101,7 @@ def test_lone_surrogates_do_not_crash(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, VOCAB - 1)))
 def test_decode_takes_any_ids_and_skips_specials(tokenizer: Tokenizer, ids: list[int]) -> None:
     assert tokenizer.decode(ids) == tokenizer.decode([i for i in ids if i > 5])
