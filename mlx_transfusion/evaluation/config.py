@@ -1,0 +1,112 @@
+"""Evaluation configuration: the TOML file, with every default in one place, and where its data lies."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from mlx_transfusion.config import from_dict
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.settings import GenerationSettings
+
+DATA_VARIABLE = "MLX_TRANSFUSION_DATA"
+"""Environment variable that names the data folder instead of the TOML's `data`."""
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """Captioned pictures: rows {"image", "text"}, with "base" where a picture is a variant of another."""
+
+    rows: str
+    images: str | None = None
+    """Folder or tar of the images; None means the folder of the jsonl file."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much is measured. A set that holds less is taken whole."""
+
+    pictures: int = 200
+    """Captions painted, of each split."""
+    descriptions: int = 200
+    """Pictures described, of each split."""
+    losses: int = 512
+    """Pairs whose losses are measured, of each split."""
+    texts: int = 1000
+    """Validation texts of the perplexity."""
+    baseline_texts: int = 10**9
+    """Training texts that the n-gram baselines are fitted to."""
+
+
+QUICK = Counts(pictures=8, descriptions=8, losses=16, texts=32, baseline_texts=2000)
+"""At most this much with `quick`, which shows that everything runs; its figures mean little."""
+QUICK_STEPS = 8
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What `mlx-transfusion evaluate` measures, and on which data."""
+
+    data: str
+    """Folder that the file names below are relative to."""
+    train: PairFiles
+    """The pairs the model was trained on."""
+    val: PairFiles
+    """Pairs it has not seen."""
+    train_texts: str
+    """jsonl of {"text"}: what the baselines are fitted to."""
+    val_texts: str
+    """jsonl of {"text"}: what perplexity is measured on."""
+    seed: int = 0
+    description_tokens: int = 48
+    """Longest description, in tokens."""
+    counts: Counts = field(default_factory=Counts)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+
+    def __post_init__(self) -> None:
+        for f in fields(Counts):
+            if (count := getattr(self.counts, f.name)) < 1:
+                raise UserError(f"evaluation config: counts.{f.name} is {count}, expected 1 or more")
+        if self.description_tokens < 1:
+            raise UserError(
+                f"evaluation config: description_tokens is {self.description_tokens}, expected 1 or more"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"evaluation config: seed is {self.seed}, expected 0 to 2^63 - 1")
+        self.generation.check()
+
+    def path(self, name: str) -> Path:
+        """A data file."""
+        return Path(self.data) / name
+
+    def quick(self) -> EvaluationConfig:
+        """The same with small counts and few sampler steps."""
+        counts = {f.name: min(getattr(self.counts, f.name), getattr(QUICK, f.name)) for f in fields(Counts)}
+        steps = min(self.generation.steps_in_use, QUICK_STEPS)
+        return replace(self, counts=Counts(**counts), generation=replace(self.generation, steps=steps))
+
+
+def load_config(path: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> EvaluationConfig:
+    """Read an evaluation TOML.
+
+    The data folder is `data` if given, else the environment variable MLX_TRANSFUSION_DATA, else the TOML's
+    key, which is relative to the TOML's folder. Raises UserError for a missing or unreadable file, unknown,
+    missing or mistyped keys, and a data folder that does not exist.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the evaluation config: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    config = from_dict(EvaluationConfig, table, str(path))
+    override = data if data is not None else os.environ.get(DATA_VARIABLE)
+    folder = Path(override).expanduser() if override else path.parent / config.data
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such data folder: set {DATA_VARIABLE} to the folder that holds {config.train.rows}"
+        )
+    return replace(config, data=str(folder))

@@ -1,0 +1,140 @@
+"""`evaluate`: measure a model by a config and write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.evaluation.config import EvaluationConfig, load_config
+from mlx_transfusion.evaluation.data import load_pairs, load_texts
+from mlx_transfusion.evaluation.measures import (
+    Split,
+    measure_descriptions,
+    measure_losses,
+    measure_pictures,
+    measure_text,
+)
+from mlx_transfusion.model_io import Loaded, load
+from mlx_transfusion.quantization import parameter_count
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total)"""
+
+
+def evaluate(
+    model_path: str | os.PathLike[str] | None,
+    config_path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    quick: bool = False,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model: retrieval of pictures and of descriptions, perplexity, and losses by modality.
+
+    model_path: as `model_io.load` takes it. config_path: a TOML of `EvaluationConfig`. output: file for the
+    report as JSON, replaced when it exists; None writes none. quick: small counts, to see that all runs.
+    data: the data folder, before MLX_TRANSFUSION_DATA and the TOML. progress(what, done, total) is called
+    often.
+
+    Returns the report; `table.table` shows it. Figures repeat with the same model, config and machine. Raises
+    UserError for bad input, before anything is measured.
+    """
+    config = load_config(config_path, data)
+    if quick:
+        config = config.quick()
+    if output is not None:
+        check_writable(Path(output))
+    loaded = load(model_path)
+    report = measure(loaded, config, quick, progress or (lambda what, done, total: None))
+    if output is not None:
+        write_json(Path(output), report)
+    return report
+
+
+def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Progress) -> dict[str, Any]:
+    """The report of a loaded model."""
+    train = load_pairs(config, config.train, loaded.config)
+    val = load_pairs(config, config.val, loaded.config)
+    train_texts = load_texts(config, config.train_texts, config.counts.baseline_texts)
+    val_texts = load_texts(config, config.val_texts, config.counts.texts)
+    # Unseen pictures are looked for among all there are.
+    splits = (Split("train", train, train, 0), Split("val", val, train + val, len(train)))
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        progress(name, 0, 1)
+        out = work(*arguments)
+        progress(name, 1, 1)
+        seconds[name] = round(time.perf_counter() - start, 2)
+        return out
+
+    report = _head(loaded, config, quick)
+    for split in splits:
+        name = split.name
+        report["losses"][name] = timed(f"losses, {name}", measure_losses, loaded, config, split)
+        for kind, work in (("descriptions", measure_descriptions), ("pictures", measure_pictures)):
+            label = f"{kind}, {name}"
+            report[kind][name] = timed(label, work, loaded, config, split, partial(progress, label))
+    report["text"] = timed("text", measure_text, loaded, config, train_texts, val_texts)
+    report["seconds"] = seconds | {"total": round(sum(seconds.values()), 2)}
+    return report
+
+
+def _head(loaded: Loaded, config: EvaluationConfig, quick: bool) -> dict[str, Any]:
+    """What was measured, on what, and how: enough to measure it again."""
+    from mlx_transfusion import __version__
+
+    settings = dataclasses.asdict(config)
+    settings["generation"]["steps"] = config.generation.steps_in_use
+    del settings["data"]  # where the data lay is no setting; its contents are told by their hashes
+    files = [config.train.rows, config.val.rows, config.train_texts, config.val_texts]
+    files += [pairs.images for pairs in (config.train, config.val) if pairs.images is not None]
+    return {
+        "version": __version__,
+        "model": {
+            "name": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "parameters": parameter_count(loaded.model),
+        },
+        "quick": quick,
+        "settings": settings,
+        "data_sha256": {name: _sha256(config.path(name)) for name in files if config.path(name).is_file()},
+        "losses": {},
+        "descriptions": {},
+        "pictures": {},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError when the report could not be written: an hour of measuring should not end so."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: give a file name for the report")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot write the report: {path.parent} is no folder that can be written")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write the report whole or not at all. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the report: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
