@@ -130,7 +130,7 @@ def test_banned_tokens_are_never_drawn(logits: list[float], u: float, data: st.D
 @settings(deadline=None)
 @given(logits=LOGITS, shift=st.floats(-100, 100), u=UNIT)
 def test_a_drawn_token_is_always_possible(logits: list[float], shift: float, u: float) -> None:
-    """Also where rounding sends u times the total past the last possible token."""
+    """Also for the largest u below 1: rounding must not send it past the last possible token."""
     padded = [-math.inf, *(value + shift for value in logits), -math.inf]
     assert 1 <= sample_token(padded, u=u) <= len(logits)
     assert 1 <= sample_token(padded, u=1 - 2**-53) <= len(logits)
