@@ -109,5 +109,5 @@ def _filtered(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np
 def _draw(weights: np.ndarray, u: float) -> int:
     """The first id whose cumulative weight exceeds u times the total; ids of weight 0 are never drawn."""
     cumulative = np.cumsum(weights)
-    # The largest float64 below 1 times the total still rounds below the total, so this never runs off the end.
+    # The largest float64 below 1 times the total still rounds below the total: this never runs off the end.
     return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
