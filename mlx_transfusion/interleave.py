@@ -127,7 +127,7 @@ class _Document:
         length = 1 + sum(len(part) if isinstance(part, list) else c.patches_per_image + 2 for part in parts)
         if length >= c.max_position:
             raise UserError(
-                f"the prompt is too long: {length} tokens with its pictures, and model {self.loaded.name} takes "
+                f"the prompt is too long: {length} tokens with its pictures; model {self.loaded.name} takes "
                 f"at most {c.max_position - 1}"
             )
         self.cache = KVCache(c.num_hidden_layers, 1)
