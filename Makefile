@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mlx-transfusion generate "red heart" --output red-heart.png
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=ci
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

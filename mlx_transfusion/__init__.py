@@ -4,32 +4,37 @@ Importing the package loads a fast BLAS on Linux (`blas.py`) and nothing else: M
 name that needs it, so that `mlx-transfusion --help` answers at once.
 """
 
-from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mlx_transfusion.blas import use_system_blas
 
 __version__ = "0.1.0"
-
-# The public names, and the module that each is taken from when it is first asked for.
-_EXPORTS = {
-    "UserError": "mlx_transfusion.errors",
-    "load": "mlx_transfusion.model_io",
-    "generate_images": "mlx_transfusion.generation",
-    "describe": "mlx_transfusion.generation",
-    "complete": "mlx_transfusion.generation",
-}
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["UserError", "__version__", "complete", "describe", "generate_images", "load"]
 
 use_system_blas()
 
+if TYPE_CHECKING:
+    from mlx_transfusion.errors import UserError
+    from mlx_transfusion.generation import complete, describe, generate_images
+    from mlx_transfusion.model_io import load
+else:
 
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_EXPORTS[name]), name)
-    globals()[name] = value  # asked for once
-    return value
+    def __getattr__(name: str) -> object:
+        """The public names, each imported when it is first asked for."""
+        modules = {
+            "UserError": "errors",
+            "complete": "generation",
+            "describe": "generation",
+            "generate_images": "generation",
+            "load": "model_io",
+        }
+        if name not in modules:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
+        value = getattr(import_module(f"{__name__}.{modules[name]}"), name)
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -148,11 +148,3 @@ def test_elsewhere_nothing_is_loaded_or_said() -> None:
     out, err = run("import mlx_transfusion.blas as b, mlx.core; print(b.blas_in_use())")
     assert out in ("Accelerate (macOS)", "unknown")
     assert err == ""
-
-
-def test_the_public_names_are_listed_and_an_unknown_one_is_an_attribute_error() -> None:
-    import mlx_transfusion
-
-    assert set(mlx_transfusion.__all__) <= set(dir(mlx_transfusion))
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        mlx_transfusion.nonsense  # noqa: B018
