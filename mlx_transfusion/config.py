@@ -43,6 +43,8 @@ class ModelConfig:
     patch_size: int = 8
     patch_positions: str = "none"
     """"none" (the paper: raster order through RoPE alone) or "learned" (one added vector per patch place)."""
+    patch_skip: bool = False
+    """Add the noisy patch, times a gain that depends on the angle, to the decoder's output (off in the paper)."""
     time_frequencies: int = 32
     """Number of frequencies of the angle embedding; the highest is 1 radian per radian (arXiv 2410.11081, 4.1)."""
     prediction: str = "velocity"

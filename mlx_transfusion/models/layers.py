@@ -74,11 +74,16 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
-        self._act = nn.silu if config.hidden_act == "silu" else nn.relu
+        self._act = nn.silu if config.hidden_act == "silu" else _relu
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, D] -> [B, T, D]."""
         return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _relu(x: mx.array) -> mx.array:
+    # As a product, not a maximum: the CPU backend's gradient of `maximum` takes ten times as long.
+    return x * (x > 0)
 
 
 class Block(nn.Module):

@@ -56,25 +56,36 @@ class PatchEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.proj = nn.Linear(config.patch_dim, config.hidden_size)
-        self.angle = AngleEmbedding(config)
         if config.patch_positions == "learned":
             self.position = 0.02 * mx.random.normal((config.patches_per_image, config.hidden_size))
 
     def __call__(self, patches: mx.array, angle: mx.array) -> mx.array:
-        """Noisy patches [B, N, P] at angles [B] -> token vectors [B, N, D]."""
-        x = self.proj(patches) + self.angle(angle)[:, None]
+        """Noisy patches [B, N, P] and their angle embedding [B, D] -> token vectors [B, N, D]."""
+        x = self.proj(patches) + angle[:, None]
         return x + self.position if "position" in self else x
 
 
 class PatchDecoder(nn.Module):
-    """Linear patch decoder: hidden states back to image elements. Starts at zero, the mean of its target."""
+    """Linear patch decoder: hidden states back to image elements. Starts at zero, the mean of its target.
+
+    With `patch_skip` it adds each element of the noisy patch times a gain that depends on the angle. The part of
+    the target that is linear in the input (all of it, for white data) then need not travel through the
+    transformer, whose width is hardly more than a large patch has elements.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.patch_dim)
-        self.proj.weight = mx.zeros_like(self.proj.weight)
-        self.proj.bias = mx.zeros_like(self.proj.bias)
+        self.proj = _zero_linear(config.hidden_size, config.patch_dim)
+        if config.patch_skip:
+            self.skip_gain = _zero_linear(config.hidden_size, config.patch_dim)
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        """[..., D] -> [..., P]."""
-        return self.proj(hidden)
+    def __call__(self, hidden: mx.array, patches: mx.array, angle: mx.array) -> mx.array:
+        """Hidden states [B, N, D], noisy patches [B, N, P], angle embedding [B, D] -> [B, N, P]."""
+        out = self.proj(hidden)
+        return out + self.skip_gain(nn.silu(angle))[:, None] * patches if "skip_gain" in self else out
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    layer.weight, layer.bias = mx.zeros_like(layer.weight), mx.zeros_like(layer.bias)
+    return layer

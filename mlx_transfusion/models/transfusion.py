@@ -12,7 +12,13 @@ from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.layers import Block, Mask
-from mlx_transfusion.models.patches import PatchDecoder, PatchEncoder, patchify, unpatchify
+from mlx_transfusion.models.patches import (
+    AngleEmbedding,
+    PatchDecoder,
+    PatchEncoder,
+    patchify,
+    unpatchify,
+)
 
 
 class TrainArrays(NamedTuple):
@@ -34,8 +40,10 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self._config = config
+        self._gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_tokens.weight = mx.random.normal(self.embed_tokens.weight.shape)
+        self.angle_embedding = AngleEmbedding(config)
         self.patch_encoder = PatchEncoder(config)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -47,6 +55,15 @@ class Transfusion(nn.Module):
         """The configuration the model was built from."""
         return self._config
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Recompute each block in the backward pass instead of keeping its activations (off by default)."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self._gradient_checkpointing = on
+
     # ---- training -------------------------------------------------------------------------------------------
 
     def __call__(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
@@ -57,12 +74,15 @@ class Transfusion(nn.Module):
         of several documents: only differences inside a document are ever seen.
         """
         m, n, _ = batch.patches.shape
-        tokens = self.patch_encoder(batch.patches, batch.angle).reshape(m * n, -1)
+        angle = self.angle_embedding(batch.angle)
+        tokens = self.patch_encoder(batch.patches, angle).reshape(m * n, -1)
         x = mx.where(batch.is_image, tokens[batch.patch_row], self.embed_tokens(batch.ids))
         for layer in self.layers:
-            x, _ = layer(x, batch.mask)
+            run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
+            x, _ = run(x, batch.mask)
         x = self.norm(x).reshape(-1, x.shape[-1])
-        return self.lm_head(x[batch.text_index]), self.patch_decoder(x[batch.patch_index]).reshape(m, n, -1)
+        hidden = x[batch.patch_index].reshape(m, n, -1)
+        return self.lm_head(x[batch.text_index]), self.patch_decoder(hidden, batch.patches, angle)
 
     # ---- generation: the interface every image-making family offers ---------------------------------------------
 
@@ -87,7 +107,8 @@ class Transfusion(nn.Module):
 
     def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
         """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache."""
-        out = self.patch_decoder(self._decode_image(x, angle, cache, store=False))
+        hidden, embedded = self._decode_image(x, angle, cache, store=False)
+        out = self.patch_decoder(hidden, x, embedded)
         if self.config.prediction == "velocity":
             return out
         return trigflow.velocity_from_eps(x, out, angle[:, None, None])
@@ -107,11 +128,16 @@ class Transfusion(nn.Module):
         x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
         return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
 
-    def _decode_image(self, x: mx.array, angle: mx.array, cache: KVCache, store: bool) -> mx.array:
+    def _decode_image(
+        self, x: mx.array, angle: mx.array, cache: KVCache, store: bool
+    ) -> tuple[mx.array, mx.array]:
+        """Hidden states of the patches [B, N, D] and the angle embedding [B, D]."""
+        embedded = self.angle_embedding(angle)
         new = np.ones(x.shape[:2], bool)
         visible = cache.visible(new)
         mask = None if visible.all() else mx.array(visible[:, None, None])
-        return self._decode_tokens(self.patch_encoder(x, angle), mask, cache, new if store else None)
+        tokens = self.patch_encoder(x, embedded)
+        return self._decode_tokens(tokens, mask, cache, new if store else None), embedded
 
     def _decode_tokens(
         self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None

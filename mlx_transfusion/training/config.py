@@ -1,0 +1,208 @@
+"""Training configuration: the TOML file, with every default in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion.config import PRESETS, ModelConfig, from_dict
+from mlx_transfusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One jsonl file of rows and its share of every batch."""
+
+    rows: str
+    images: str | None = None
+    """Folder or tar of the images; None means the folder of the jsonl file."""
+    weight: float = 1.0
+    """Share of the documents of each batch, relative to the other sources."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how a pair of caption and picture becomes a document."""
+
+    train: tuple[SourceConfig, ...]
+    valid: tuple[SourceConfig, ...] = ()
+    caption_first: float = 0.8
+    """Share of pairs with the caption before the picture (arXiv 2408.11039, section 4.1)."""
+    caption_drop: float = 0.1
+    """Share of caption-first pairs whose caption is left out, which trains the guidance branch."""
+    flip: float = 0.0
+    """Share of pictures mirrored left to right."""
+    skip_bad_rows: bool = False
+    check_images: bool = True
+    threads: int = 2
+    cache_gib: float = 1.0
+    """Decoded pictures kept in memory."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Which noise angles are trained. Angles are radians: 0 is data, pi/2 is noise."""
+
+    distribution: str = "uniform"
+    """"uniform" in the angle (the paper: uniform DDPM steps of the cosine schedule) or "tan_lognormal":
+    log tan(angle) ~ N(mean, std), the proposal of arXiv 2410.11081, 4.2."""
+    mean: float = 0.0
+    std: float = 1.3
+    high_noise_share: tuple[float, float] = (0.0, 0.0)
+    """Share of pictures, at the first and at the last step, drawn uniformly from [high_noise_from, pi/2] instead:
+    there a small picture does not give itself away, so there the caption is learned."""
+    high_noise_from: float = 1.45
+    image_first_limit: float = math.pi / 4
+    """Largest angle of a picture that text follows: step 500 of 1000 (arXiv 2408.11039, table 8)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (the paper, section 4.1), or Muon for the matrices of the decoder with AdamW for the rest."""
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    muon_learning_rate: float = 0.02
+    final_fraction: float = 0.05
+    """Learning rate of the last step relative to the peak (cosine)."""
+    warmup: int = 4000
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The grid of pictures painted during training from the EMA weights."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    every: int = 0
+    """Steps between grids; 0 paints none."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run."""
+
+    output: str
+    tokenizer: str
+    data: DataConfig
+    model: dict
+    """Keys of ModelConfig; `preset` names a starting point; vocabulary and special ids come from the tokenizer."""
+    init: str | None = None
+    """A model folder to start from instead of random weights."""
+    steps: int = 1000
+    batch_size: int = 64
+    """Documents per optimiser step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after the other, to save memory."""
+    sequence_length: int = 256
+    image_loss_weight: float = 5.0
+    """lambda of L = L_LM + lambda L_diff (arXiv 2408.11039, eq. 4)."""
+    seed: int = 0
+    dtype: str = "float32"
+    """Arithmetic of forward and backward: float32 or bfloat16; weights and optimiser stay float32."""
+    gradient_checkpointing: bool = False
+    compile: bool = True
+    ema: float = 0.999
+    log_every: int = 10
+    valid_every: int = 0
+    valid_batches: int = 4
+    save_every: int = 500
+    keep: int = 2
+    """Number of checkpoints kept."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"training config: {name} is {getattr(self, name)}, expected 1 or more")
+        choices = {
+            "dtype": (self.dtype, ("float32", "bfloat16")),
+            "optimizer.name": (self.optimizer.name, ("adamw", "muon")),
+            "diffusion.distribution": (self.diffusion.distribution, ("uniform", "tan_lognormal")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise UserError(
+                    f'training config: {name} is "{value}", expected one of {", ".join(allowed)}'
+                )
+        for name in ("caption_first", "caption_drop", "flip"):
+            if not 0 <= getattr(self.data, name) <= 1:
+                raise UserError(
+                    f"training config: data.{name} is {getattr(self.data, name)}, expected 0 to 1"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the checkpoint's record."""
+        return dataclasses.asdict(self)
+
+
+def load_train_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a training TOML; file names in it are relative to its folder, except `output` (to the current one).
+
+    `overrides` are "key.path=value" with TOML values (a bare word counts as text). Raises UserError for a
+    missing or unreadable file and for unknown, missing or mistyped keys.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the training config: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for item in overrides or []:
+        _override(data, item)
+    _resolve(data, path.parent)
+    return from_dict(TrainConfig, data, str(path))
+
+
+def model_config(config: TrainConfig, vocab_size: int, special: dict[str, int]) -> ModelConfig:
+    """The ModelConfig of a run: preset, then the keys of [model], then the tokenizer's vocabulary."""
+    data = dict(config.model)
+    name = data.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise UserError(f'[model]: preset "{name}" is unknown, expected one of {", ".join(PRESETS)}')
+    base = dict(PRESETS[name]) if name is not None else {}
+    return ModelConfig.from_dict({**base, **data, "vocab_size": vocab_size, **special}, "[model]")
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f'--set "{item}": expected key.path=value, e.g. --set optimizer.learning_rate=1e-3')
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f'--set "{item}": {parent} is not a table')
+    data[last] = value
+
+
+def _resolve(data: dict[str, Any], folder: Path) -> None:
+    """Make the file names of the TOML relative to its own folder."""
+
+    def fix(table: Any, key: str) -> None:
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str(folder / table[key])
+
+    fix(data, "tokenizer")
+    tables = data.get("data", {})
+    for split in ("train", "valid"):
+        rows = tables.get(split, []) if isinstance(tables, dict) else []
+        for source in rows if isinstance(rows, list) else []:
+            fix(source, "rows")
+            fix(source, "images")

@@ -1,0 +1,236 @@
+"""From rows to the arrays of one training step.
+
+A batch is a pure function of (seed, step): which rows, in which order, with which noise and angles. So resuming
+needs no data position beyond the step number, and the numbers are the same on any backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mlx_transfusion import noise, sequence
+from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.sequence import Image, PackedBatch, Segment, Text
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.config import DataConfig, DiffusionConfig, SourceConfig
+from mlx_transfusion.training.pixels import BYTES_PER_GIB, PixelCache
+from mlx_transfusion.training.rows import ImageRef, Row, Source, load_rows
+
+TOKEN_MULTIPLE = 256
+"""Step of the number of text-loss positions, and ROW_MULTIPLE of packed rows: compiled shapes stay few."""
+ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed batch with its pictures, noise and angles (all numpy)."""
+
+    packed: PackedBatch
+    pixels: np.ndarray
+    """uint8 [M, H, W, C]"""
+    noise: np.ndarray
+    """float32 [M, H, W, C], added before patchifying"""
+    angle: np.ndarray
+    """float32 [M], radians"""
+
+    @property
+    def text_targets(self) -> int:
+        """Number of tokens in the language-model loss."""
+        return int(self.packed.text_weight.sum())
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row made ready: its segments (images numbered inside the document), pictures and draws."""
+
+    segments: list[Segment]
+    images: list[ImageRef]
+    flips: list[bool]
+    angles: list[float]
+    number: int
+    """The document's number in the whole run: the address of its random draws."""
+
+
+class DataSet:
+    """The rows of some sources, drawn in a fixed share of every batch and a fresh order every epoch."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        data: DataConfig,
+        diffusion: DiffusionConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        sequence_length: int,
+        stream: str = "train",
+    ) -> None:
+        """Reads all rows (not the pictures). Raises UserError for bad files and rows."""
+        if model.image_channels != 3:
+            raise UserError(f"[model]: image_channels is {model.image_channels}; pictures need 3")
+        self._data, self._diffusion, self._model, self._tokenizer = data, diffusion, model, tokenizer
+        self._seed, self._length, self._stream = seed, sequence_length, stream
+        self.rows: list[list[Row]] = []
+        self.bad_rows: list[str] = []
+        for s in sources:
+            loaded = load_rows(
+                Source(Path(s.rows), Path(s.images) if s.images else None, s.weight),
+                skip_bad_rows=data.skip_bad_rows,
+                check_images=data.check_images,
+            )
+            self.rows.append(loaded.rows)
+            self.bad_rows += loaded.bad_rows
+        self._weights = [s.weight for s in sources]
+        self._pixels = PixelCache(
+            model.image_height,
+            model.image_width,
+            threads=data.threads,
+            limit_bytes=int(data.cache_gib * BYTES_PER_GIB),
+        )
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def documents(self, step: int, size: int, progress: float = 0.0) -> list[Document]:
+        """The `size` documents of a step. `progress` in [0, 1] moves the share of high noise."""
+        out = []
+        for s, count in enumerate(shares(self._weights, size)):
+            for k in range(count):
+                number = step * size + len(out)
+                row = self._draw(s, step * count + k)
+                out.append(self._document(row, number, progress))
+        return out
+
+    def count(self, document: Document) -> tuple[int, int]:
+        """(text-loss tokens, images) of a document: its part of the step's totals."""
+        previous_is_text, tokens = False, 0
+        for s in document.segments:
+            if isinstance(s, Text):
+                tokens += (len(s.ids) - (not previous_is_text)) * s.loss
+            previous_is_text = isinstance(s, Text)
+        return tokens, len(document.images)
+
+    def batch(self, documents: Sequence[Document]) -> Batch:
+        """Pack documents and load their pictures."""
+        packed: list[list[Segment]] = []
+        refs: list[ImageRef] = []
+        flips: list[bool] = []
+        for d in documents:
+            first = len(refs)
+            packed.append(
+                [Image(first + s.index, s.patches) if isinstance(s, Image) else s for s in d.segments]
+            )
+            refs += d.images
+            flips += d.flips
+        m = self._model
+        shape = (m.image_height, m.image_width, m.image_channels)
+        noises = [
+            noise.normal(self._seed, (d.number, i), shape, f"{self._stream}/noise")
+            for d in documents
+            for i in range(len(d.images))
+        ]
+        return Batch(
+            sequence.pack(
+                packed,
+                self._length,
+                pad_id=m.pad_token_id,
+                row_multiple=ROW_MULTIPLE,
+                text_multiple=TOKEN_MULTIPLE,
+            ),
+            self._pixels.load(refs, flips),
+            np.stack(noises) if noises else np.zeros((0, *shape), np.float32),
+            np.array([a for d in documents for a in d.angles], np.float32),
+        )
+
+    def _draw(self, source: int, index: int) -> Row:
+        rows = self.rows[source]
+        epoch, place = divmod(index, len(rows))
+        return rows[_order(self._seed, source, epoch, len(rows), self._stream)[place]]
+
+    def _document(self, row: Row, number: int, progress: float) -> Document:
+        u = noise.uniform(self._seed, number, (2,), f"{self._stream}/order")
+        segments: list[str | ImageRef] = list(row.segments)
+        if row.kind == "pair":
+            if u[0] >= self._data.caption_first:
+                segments.reverse()
+            elif u[1] < self._data.caption_drop:
+                segments = [s for s in segments if isinstance(s, ImageRef)]
+        images = [s for s in segments if isinstance(s, ImageRef)]
+        draws = noise.uniform(self._seed, number, (len(images), 4), f"{self._stream}/image")
+        angles: list[float] = []
+        for i, s in enumerate(segments):
+            if isinstance(s, ImageRef):
+                text_follows = any(isinstance(later, str) for later in segments[i + 1 :])
+                angles.append(draw_angle(self._diffusion, draws[len(angles)], text_follows, progress))
+        flips = [bool(d[3] < self._data.flip) for d in draws]
+        return Document(self._layout(segments, row), images, flips, angles, number)
+
+    def _layout(self, segments: Sequence[str | ImageRef], row: Row) -> list[Segment]:
+        out: list[Segment] = []
+        count = 0
+        for s in segments:
+            if isinstance(s, str):
+                out.append(Text(self._encode(s)))
+            else:
+                out.append(Image(count, self._model.patches_per_image))
+                count += 1
+        whole = sequence.document(out, self._model)
+        excess = sequence.length(whole) - self._length
+        if excess > 0 and not count:
+            # Long text alone is cut: the loss of what is left is still right. EOS goes with the cut part.
+            ids = [i for s in whole if isinstance(s, Text) for i in s.ids]
+            return [Text(tuple(ids[: self._length]))]
+        if excess > 0:
+            raise UserError(
+                f"{row.origin[0]}:{row.origin[1]}: {sequence.length(whole)} tokens do not fit "
+                f"sequence_length {self._length}; raise it or shorten the text"
+            )
+        return whole
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = self._ids.get(text)
+        if ids is None:
+            ids = self._ids[text] = tuple(self._tokenizer.encode(text))
+        return ids
+
+
+def shares(weights: Sequence[float], size: int) -> list[int]:
+    """Whole numbers in proportion to `weights` that sum to `size` (largest remainders); each source gets one."""
+    total = sum(weights)
+    exact = [w / total * size for w in weights]
+    counts = [max(1, int(x)) for x in exact]
+    if sum(counts) > size:
+        raise UserError(f"batch_size {size} is too small for {len(weights)} sources with weights {weights}")
+    for i in sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])[: size - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def draw_angle(
+    config: DiffusionConfig, u: np.ndarray, text_follows: bool, progress: float = 0.0
+) -> float:
+    """One noise angle in radians from uniform numbers u [>= 3].
+
+    A picture that text follows is kept below `image_first_limit` (arXiv 2408.11039, table 8): the text that
+    describes it reads the noised picture.
+    """
+    if text_follows:
+        return float(u[0] * config.image_first_limit)
+    first, last = config.high_noise_share
+    if u[2] < first + (last - first) * progress:
+        return float(config.high_noise_from + u[0] * (math.pi / 2 - config.high_noise_from))
+    if config.distribution == "uniform":
+        return float(u[0] * math.pi / 2)
+    normal = math.sqrt(-2 * math.log1p(-float(u[0]))) * math.cos(2 * math.pi * float(u[1]))  # Box-Muller
+    return math.atan(math.exp(config.mean + config.std * normal))
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, source: int, epoch: int, n: int, stream: str) -> np.ndarray:
+    return noise.permutation(seed, (epoch, source), n, f"{stream}/rows")

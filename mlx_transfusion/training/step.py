@@ -1,0 +1,121 @@
+"""One optimiser step: forward, losses, gradients, update. Pure functions of the state, compiled once per shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_transfusion import losses, sequence, trigflow
+from mlx_transfusion.models.patches import patchify
+from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
+from mlx_transfusion.training.config import TrainConfig
+from mlx_transfusion.training.data import Batch
+from mlx_transfusion.training.optimizer import ema_update
+
+Tree = Any
+
+
+def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, mx.array, mx.array]:
+    """Noise the pictures (before patchifying, arXiv 2408.11039, 3.2) and turn a batch into mlx arrays.
+
+    Returns the model's input, the target of its prediction [M, N, P], and text targets and weights [K].
+    """
+    c, p = model.config, batch.packed
+    x0 = model.encode(mx.array(batch.pixels).astype(mx.float32) / 255)
+    z = patchify(mx.array(batch.noise), c.patch_size)
+    angle = mx.array(batch.angle)
+    per_patch = angle[:, None, None]
+    target = z if c.prediction == "epsilon" else trigflow.velocity_target(x0, z, per_patch)
+    arrays = TrainArrays(
+        ids=mx.array(p.ids),
+        is_image=mx.array((p.modality == sequence.IMAGE)[..., None]),
+        patch_row=mx.array(p.patch_row),
+        patch_index=mx.array(p.patch_index),
+        text_index=mx.array(p.text_index),
+        mask=mx.array(sequence.attention_mask(p.document, p.image)),
+        patches=trigflow.mix(x0, z, per_patch),
+        angle=angle,
+    )
+    return arrays, target, mx.array(p.text_target), mx.array(p.text_weight)
+
+
+class Step:
+    """The compiled gradient and update functions of one run."""
+
+    def __init__(self, model: Transfusion, optimizer: optim.Optimizer, config: TrainConfig) -> None:
+        self._model, self._optimizer, self._config = model, optimizer, config
+        self._dtype = mx.bfloat16 if config.dtype == "bfloat16" else mx.float32
+        state = [optimizer.state]
+        self._gradients: Callable[..., Any] = self._plain_gradients
+        self._update: Callable[..., Any] = self._plain_update
+        if config.compile:
+            self._gradients = mx.compile(self._plain_gradients)
+            self._update = mx.compile(self._plain_update, inputs=state, outputs=state)
+
+    def gradients(self, weights: Tree, batch: Batch, text_total: int, image_total: int) -> tuple[Any, mx.array]:
+        """Gradients of this batch's part of the objective, and its summed losses.
+
+        The totals are those of the whole optimiser step (all processes and accumulated parts), so that parts
+        simply add up, weighted by their tokens. Returns (gradients, [text loss sum, image loss sum]).
+        """
+        arrays, target, text_target, text_weight = to_arrays(batch, self._model)
+        scale = mx.array([1 / max(1, text_total), self._config.image_loss_weight / max(1, image_total)])
+        gradients, sums = self._gradients(weights, tuple(arrays), target, text_target, text_weight, scale)
+        return gradients, sums
+
+    def update(self, gradients: Tree, weights: Tree, ema: Tree, decay: float) -> tuple[Tree, Tree, mx.array]:
+        """Clip, step the optimiser, move the EMA. Returns (weights, ema, norm of the unclipped gradient)."""
+        return self._update(gradients, weights, ema, mx.array(decay))
+
+    def _plain_gradients(
+        self,
+        weights: Tree,
+        arrays: tuple[mx.array, ...],
+        target: mx.array,
+        text_target: mx.array,
+        text_weight: mx.array,
+        scale: mx.array,
+    ) -> tuple[Tree, mx.array]:
+        def objective(w: Tree) -> tuple[mx.array, mx.array]:
+            self._model.update(_cast(w, self._dtype))
+            batch = TrainArrays(*arrays)
+            logits, prediction = self._model(
+                batch._replace(patches=batch.patches.astype(self._dtype))
+            )
+            text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
+            image = losses.image_errors(prediction.astype(mx.float32), target).sum()
+            sums = mx.stack([text, image])
+            return (sums * scale).sum(), sums
+
+        (_, sums), gradients = mx.value_and_grad(objective)(weights)
+        self._model.update(weights)  # leave no tracers behind
+        return gradients, sums
+
+    def _plain_update(
+        self, gradients: Tree, weights: Tree, ema: Tree, decay: mx.array
+    ) -> tuple[Tree, Tree, mx.array]:
+        limit = self._config.optimizer.clip
+        if limit > 0:
+            gradients, norm = optim.clip_grad_norm(gradients, limit)
+        else:
+            norm = mx.sqrt(sum((g.square().sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+        weights = self._optimizer.apply_gradients(gradients, weights)
+        return weights, ema_update(ema, weights, decay), norm
+
+
+def _cast(tree: Tree, dtype: mx.Dtype) -> Tree:
+    return tree_map(lambda w: w.astype(dtype), tree)
+
+
+def evaluate_batch(model: Transfusion, batch: Batch) -> np.ndarray:
+    """[text loss sum in nats, text tokens, image loss sum, images] of one batch without gradients."""
+    arrays, target, text_target, text_weight = to_arrays(batch, model)
+    logits, prediction = model(arrays)
+    text = losses.text_loss(logits, text_target, text_weight)
+    image = losses.image_errors(prediction, target).sum()
+    return np.array([text.item(), batch.text_targets, image.item(), len(batch.angle)])
