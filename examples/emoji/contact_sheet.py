@@ -27,6 +27,7 @@ from mlx_transfusion.model_io import load
 PICTURE = 96
 """Side of a picture on the sheet in pixels."""
 MARGIN = 8
+QUOTES = str.maketrans("\u2019\u201c\u201d", '\'""')
 LINES, LINE_HEIGHT, TEXT_SIZE = 4, 11, 10
 
 
@@ -62,7 +63,7 @@ def enlarged(picture: np.ndarray) -> Image.Image:
 
 def plain(text: str) -> str:
     """Without accents and curly quotes: Pillow's own font has neither."""
-    letters = unicodedata.normalize("NFKD", text).replace("\u2019", "'")
+    letters = unicodedata.normalize("NFKD", text).translate(QUOTES)
     return "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 

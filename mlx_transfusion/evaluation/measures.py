@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_transfusion.evaluation.baselines import document_nats, fit_bigram, fit_unigram
+from mlx_transfusion.evaluation.baselines import LanguageModel, document_nats, fit_bigram, fit_unigram
 from mlx_transfusion.evaluation.config import EvaluationConfig
 from mlx_transfusion.evaluation.data import Pairs, choose
 from mlx_transfusion.evaluation.denoising import BUCKET_EDGES, denoising_errors
@@ -141,7 +141,7 @@ def measure_text(
     scores = {"model": score_documents(loaded.model, [text_document(ids, c) for ids in val_ids])}
     documents = [_framed(loaded, loaded.tokenizer.encode(text)) for text in train]
     held_out = [_framed(loaded, ids) for ids in val_ids]
-    baselines = {
+    baselines: dict[str, LanguageModel] = {
         "unigram": fit_unigram(documents, vocabulary),
         "bigram": fit_bigram(documents, vocabulary),
     }

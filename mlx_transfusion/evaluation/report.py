@@ -94,7 +94,7 @@ def _head(loaded: Loaded, config: EvaluationConfig, quick: bool) -> dict[str, An
     """What was measured, on what, and how: enough to measure it again."""
     from mlx_transfusion import __version__
 
-    settings = dataclasses.asdict(config)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples: as it is read back
     settings["generation"]["steps"] = config.generation.steps_in_use
     del settings["data"]  # where the data lay is no setting; its contents are told by their hashes
     files = [config.train.rows, config.val.rows, config.train_texts, config.val_texts]

@@ -6,6 +6,9 @@ import numpy as np
 
 from mlx_transfusion import noise
 
+CHUNK = 100
+"""Resamples drawn at once."""
+
 
 def bootstrap_interval(
     values: np.ndarray,
@@ -24,9 +27,10 @@ def bootstrap_interval(
     if not n:
         raise ValueError("no values to take an interval of")
     weights = np.ones(n) if weights is None else weights
-    totals = np.empty(samples)
-    for i in range(samples):
-        chosen = noise.integers(seed, i, n, (n,), "evaluation/bootstrap")
-        totals[i] = values[chosen].sum() / weights[chosen].sum()
-    low, high = np.quantile(totals, [(1 - level) / 2, (1 + level) / 2])
+    ratios = []
+    for start in range(0, samples, CHUNK):  # a bounded share of the draws in memory at once
+        shape = (min(CHUNK, samples - start), n)
+        chosen = noise.integers(seed, start // CHUNK, n, shape, "evaluation/bootstrap")
+        ratios.append(values[chosen].sum(1) / weights[chosen].sum(1))
+    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -27,7 +27,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _retrieval(report: dict[str, Any]) -> list[Row]:
-    rows = [["Retrieval", *report["pictures"]]]
+    rows: list[Row] = [["Retrieval", *report["pictures"]]]
 
     def add(title: str, kind: str, key: str) -> None:
         rows.append([title, *(_rate(part[key]) for part in report[kind].values())])
@@ -50,7 +50,8 @@ def _retrieval(report: dict[str, Any]) -> list[Row]:
 def _denoising(report: dict[str, Any]) -> list[Row]:
     splits = report["losses"]
     keys = [(split, key) for split in splits for key in ("with_caption", "without_caption")]
-    rows = [["Velocity error by angle (radians)", *(f"{s}, {k.split('_')[0]} caption" for s, k in keys)]]
+    head = (f"{s}, {k.split('_')[0]} caption" for s, k in keys)
+    rows: list[Row] = [["Velocity error by angle (radians)", *head]]
     buckets = next(iter(splits.values()))["denoising"]["angle_buckets"]
     for i, (low, high) in enumerate(buckets):
         name = f"{low:.2f} to {'pi/2' if math.isclose(high, math.pi / 2) else f'{high:.2f}'}"
