@@ -62,5 +62,5 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.python
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --editable '.$(call extras,$(BACKEND)$(if $(BACKEND),$(comma))dev)'
-	$(if $(TORCH),@$(PIP) install '$(TORCH)' || echo "Going on without torch ($(TORCH) cannot be had here): the tests that compare with it are skipped.")
+	$(if $(TORCH),@$(PIP) install '$(TORCH)' 2>/dev/null || echo "Going on without torch (pip install $(TORCH) fails here): the tests that compare with it are skipped.")
 	@touch $@
