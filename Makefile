@@ -44,6 +44,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 
 wheel: $(VENV)/.python
+	rm -rf build  # a file deleted from the tree would stay in the wheel
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
