@@ -166,7 +166,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 
 def check_weights(model: nn.Module, weights: Mapping[str, mx.array], where: str) -> None:
     """Raises UserError listing missing, unexpected and misshapen weights (mlx accepts some of the last)."""
-    expected = {name: value.shape for name, value in _flat(model).items()}
+    expected = {name: value.shape for name, value in flat_parameters(model).items()}
     faults = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     faults += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
     faults += [
@@ -200,7 +200,7 @@ def save_model(
     config = model.config.to_dict() | dict(extra or {})
     if (quantization := quantization_of(model)) is not None:
         config |= {"quantization": quantization, "quantization_config": quantization}
-    weights = {name: _stored(value, dtype) for name, value in sorted(_flat(model).items())}
+    weights = {name: _stored(value, dtype) for name, value in sorted(flat_parameters(model).items())}
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer, special=special_ids(model.config))
     try:
@@ -213,7 +213,8 @@ def save_model(
     return path
 
 
-def _flat(model: nn.Module) -> dict[str, mx.array]:
+def flat_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Parameters by their dotted names."""
     return dict(tree_flatten(model.parameters()))
 
 

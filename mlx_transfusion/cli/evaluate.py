@@ -1,0 +1,36 @@
+"""`mlx-transfusion evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_transfusion.cli import options
+from mlx_transfusion.cli.terminal import bar, result
+
+
+def evaluate(
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE.toml", help="What to measure.")],
+    model: options.Model = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the report here.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data, instead of the config's own.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few samples only, to see that it runs.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a model: losses, perplexity against n-gram baselines, retrieval of pictures and captions."""
+    from mlx_transfusion.evaluation.report import evaluate as run
+    from mlx_transfusion.evaluation.table import table
+
+    with bar("evaluate", 1.0) as progress:
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            progress.update(done / max(1, total), what)
+
+        report = run(model, config, output, quick, data=data, progress=on_progress)
+    result(report if as_json else table(report))

@@ -1,0 +1,288 @@
+"""`mlx-transfusion generate`: which pictures to paint, under which names, and how to tell about them."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_transfusion.cli import options
+from mlx_transfusion.cli.terminal import Bar, bar, message, picture_path, result
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+
+if TYPE_CHECKING:
+    from mlx_transfusion.events import GeneratedImage, Step
+    from mlx_transfusion.model_io import Loaded
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the picture shows.")] = None,
+    model: options.Model = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Repeatable: one picture each.", show_default="random")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", "-n", help="Pictures a prompt, at seeds S, S+1, ...")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A prompt a line; - is standard input.")
+    ] = None,
+    repeat: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE.png", help="Repeat a picture with the settings it carries."),
+    ] = None,
+    negative_prompt: options.NegativePrompt = None,
+    sampler: options.Sampler = None,
+    steps: options.Steps = None,
+    spacing: options.Spacing = None,
+    guidance: options.Guidance = None,
+    guidance_interval: options.GuidanceInterval = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Pictures painted at once.", show_default=str(DEFAULTS.batch_size)),
+    ] = None,
+    output: options.Output = Path("image.png"),
+    overwrite: options.Overwrite = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Also put all pictures on one sheet.")] = False,
+    preview_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Also write the estimate of every Nth step.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Paint pictures; prints the name of each file.
+
+    Every PNG carries its settings: `info FILE.png` shows them, `--from FILE.png` repeats it.
+
+    Several pictures are named NAME_seed_S.png. Existing files stay: _1, _2, ... is added to the name.
+    """
+    if sum(given is not None for given in (prompt, prompt_file, repeat)) != 1:
+        raise UserError("give either a PROMPT, --prompt-file or --from")
+    flags = {
+        "sampler": sampler, "steps": steps, "spacing": spacing, "guidance": guidance,
+        "guidance_interval": guidance_interval, "negative_prompt": negative_prompt,
+    }  # fmt: skip
+    if repeat is not None:
+        if seed or num_images is not None:
+            raise UserError("--from takes the picture's own seed: leave out --seed and --num-images")
+        job = _job_from(repeat, flags, batch_size)
+        model = model if model is not None else job.model
+    else:
+        base = replace(DEFAULTS, batch_size=DEFAULTS.batch_size if batch_size is None else batch_size)
+        settings = options.image_settings(base, **flags).check()  # type: ignore[arg-type]
+        job = _job(_prompts(prompt, prompt_file), _seeds(seed or [], num_images), settings)
+    if preview_every is not None and preview_every < 1:
+        raise UserError(f"--preview-every is {preview_every}: use at least 1")
+
+    from mlx_transfusion.images import check_folder
+    from mlx_transfusion.model_io import load, load_config
+
+    config = load_config(model)
+    for name, wanted, have in (("width", width, config.image_width), ("height", height, config.image_height)):
+        if wanted not in (None, have):
+            raise UserError(
+                f"--{name} {wanted}: this model paints {config.image_width}x{config.image_height} pictures "
+                f"only: leave out --width and --height"
+            )
+    output = picture_path(output)
+    check_folder(output.parent)
+    loaded = load(model)
+    if job.model_hash not in (None, loaded.fingerprint):
+        message(
+            f"warning: {repeat} was painted by weights {job.model_hash} of {job.model}, these are "
+            f"{loaded.fingerprint} of {loaded.name}: the picture will differ"
+        )
+    _paint(loaded, job, _Files(job, output, overwrite), grid, preview_every, as_json)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to paint: picture i from prompts[i] and seeds[i]."""
+
+    prompts: list[str]
+    seeds: list[int]
+    settings: GenerationSettings
+    keep: int | None = None
+    """Write this picture only (one row of a batch, see `_job_from`)."""
+    model: str | None = None
+    model_hash: str | None = None
+    several_prompts: bool = False
+    several_seeds: bool = False
+
+
+def _job(prompts: list[str], seeds: list[int], settings: GenerationSettings) -> _Job:
+    """Every prompt with every seed."""
+    return _Job(
+        [p for p in prompts for _ in seeds], seeds * len(prompts), settings,
+        several_prompts=len(prompts) > 1, several_seeds=len(seeds) > 1,
+    )  # fmt: skip
+
+
+def _job_from(file: Path, flags: dict[str, Any], batch_size: int | None) -> _Job:
+    """The job that repeats a picture. A row of a batch is repeated in a batch of that shape, in its row."""
+    from mlx_transfusion.images import read_record
+    from mlx_transfusion.records import settings_from_record
+
+    record = read_record(file)
+    recorded = settings_from_record(record, str(file))
+    settings = options.image_settings(recorded, **flags)
+    if batch_size is not None:
+        settings = replace(settings, batch_size=batch_size)
+    exact = settings == recorded
+    settings.check()
+    count = settings.batch_size if exact else 1
+    return _Job(
+        [str(record["prompt"])] * count,
+        [int(record["seed"])] * count,
+        settings,
+        keep=int(record["batch"]["row"]) if exact else 0,
+        model=str(record.get("model")),
+        model_hash=str(record.get("model_hash")),
+    )
+
+
+def _prompts(prompt: str | None, file: str | None) -> list[str]:
+    if prompt is not None:
+        if not prompt.strip():
+            raise UserError("the prompt is empty: say what the picture shows")
+        return [prompt]
+    assert file is not None
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompt-file {file}: cannot read it: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {file}: not UTF-8 text") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt-file {file}: holds no prompt: write one a line")
+    return prompts
+
+
+def _seeds(seeds: list[int], count: int | None) -> list[int]:
+    """The seeds of one prompt: those given, or `count` in a row from the one given or from a random one."""
+    if count is not None and count < 1:
+        raise UserError(f"--num-images is {count}: use at least 1")
+    if len(seeds) > 1 and count not in (None, len(seeds)):
+        raise UserError(f"--num-images {count} with {len(seeds)} seeds: give one --seed, or leave it out")
+    if len(set(seeds)) < len(seeds):
+        raise UserError("a --seed is given twice: it would paint the same picture again")
+    if len(seeds) > 1:
+        return seeds
+    first = seeds[0] if seeds else secrets.randbelow(1 << 32)
+    return list(range(first, first + (count or 1)))
+
+
+class _Files:
+    """File names of a job's pictures."""
+
+    def __init__(self, job: _Job, output: Path, overwrite: bool) -> None:
+        self._job, self._output, self._overwrite = job, output, overwrite
+        self._taken: set[Path] = set()
+
+    def picture(self, index: int) -> Path:
+        """NAME.png, with _prompt_K and _seed_S where there are several."""
+        job, marks = self._job, ""
+        if job.several_prompts:
+            distinct = len(set(job.seeds))
+            marks += f"_prompt_{index // distinct + 1}"
+        if job.several_seeds:
+            marks += f"_seed_{job.seeds[index]}"
+        return self._free(f"{self._output.stem}{marks}")
+
+    def preview(self, index: int, step: int) -> Path:
+        """NAME_seed_S_step_K.png."""
+        return self._free(f"{self._output.stem}_seed_{self._job.seeds[index]}_step_{step:03d}")
+
+    def grid(self) -> Path:
+        """NAME_grid.png."""
+        return self._free(f"{self._output.stem}_grid")
+
+    def _free(self, stem: str) -> Path:
+        from mlx_transfusion.images import free_path
+
+        path = self._output.with_name(f"{stem}.png")
+        path = path if self._overwrite else free_path(path, self._taken)
+        self._taken.add(path)
+        return path
+
+
+def _paint(
+    loaded: Loaded, job: _Job, files: _Files, grid: bool, preview_every: int | None, as_json: bool
+) -> None:
+    from mlx_transfusion.text_to_image import iter_images
+
+    count = len(job.prompts)
+    done: list[GeneratedImage] = []
+    with bar("paint", count) as progress:
+        watcher = _Watcher(loaded, job, files, progress, preview_every)
+        try:
+            for image in iter_images(loaded, job.prompts, job.seeds, job.settings, watcher.on_step):
+                if job.keep in (None, image.index):
+                    _write(image, files.picture(image.index), as_json)
+                    done.append(image)
+                watcher.finished += 1
+        except KeyboardInterrupt:
+            message(
+                f"interrupted: {len(done)} of {1 if job.keep is not None else count} pictures are finished"
+            )
+            raise
+    if grid:
+        _write_grid(sorted(done, key=lambda image: image.index), files.grid(), as_json)
+
+
+class _Watcher:
+    """Follows the sampler's steps: progress bar and previews."""
+
+    def __init__(
+        self, loaded: Loaded, job: _Job, files: _Files, progress: Bar, preview_every: int | None
+    ) -> None:
+        self._loaded, self._job, self._files = loaded, job, files
+        self._progress, self._every = progress, preview_every
+        self.finished = 0
+
+    def on_step(self, step: Step) -> None:
+        share = len(step.indices) * step.step / step.steps
+        self._progress.update(self.finished + share, f"step {step.step}/{step.steps}")
+        if self._every is None or step.step % self._every:
+            return
+        from mlx_transfusion.images import save_png
+        from mlx_transfusion.records import image_record
+
+        rows = list(zip(step.indices, step.preview(), strict=True))
+        for row, (index, pixels) in enumerate(rows):
+            if self._job.keep in (None, index):
+                prompt, seed = self._job.prompts[index], self._job.seeds[index]
+                record = image_record(self._loaded, prompt, seed, self._job.settings, len(rows), row)
+                save_png(self._files.preview(index, step.step), pixels, record | {"preview_step": step.step})
+
+
+def _write(image: GeneratedImage, path: Path, as_json: bool) -> None:
+    image.save(path)
+    if as_json:
+        result(
+            {
+                "file": str(path),
+                "prompt": image.prompt,
+                "seed": image.seed,
+                "settings": image.settings,
+                "seconds": round(image.seconds, 3),
+            }
+        )
+    else:
+        message(f"seed {image.seed}, {image.seconds:.2f} s: {image.prompt}")
+        result(str(path))
+
+
+def _write_grid(images: list[GeneratedImage], path: Path, as_json: bool) -> None:
+    from mlx_transfusion.images import grid, save_png
+
+    records = [image.settings for image in images]
+    save_png(path, grid([image.pixels for image in images]), {"pictures": records})
+    result({"file": str(path), "pictures": len(images)} if as_json else str(path))

@@ -1,0 +1,117 @@
+"""`mlx-transfusion info`: a model's size, a picture's settings, or this installation."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_transfusion.cli import options
+from mlx_transfusion.cli.terminal import result
+from mlx_transfusion.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_transfusion.config import ModelConfig
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "8-bit": 1 + 4 / 64, "4-bit": 0.5 + 4 / 64}
+"""Bytes a weight; quantised ones have a 16-bit scale and bias for each group of 64."""
+
+
+def info(
+    target: Annotated[
+        str | None, typer.Argument(metavar="MODEL|FILE.png", help="Model, or a picture made here.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A size of the paper: 0.16b, 0.37b, 0.76b, 1.4b, 7b.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show a model's parameters and memory, the settings in a picture, or (without either) what runs here."""
+    if target is not None and preset is not None:
+        raise UserError("give either a MODEL or FILE.png, or --preset")
+    if preset is not None:
+        from mlx_transfusion.config import preset as paper
+
+        facts = {"preset": preset} | model_facts(paper(preset))
+    elif target is None:
+        facts = installation_facts()
+    elif Path(target).suffix.lower() == ".png" and not Path(target).is_dir():
+        from mlx_transfusion.images import read_record
+
+        facts = {"file": target} | read_record(target)
+    else:
+        facts = stored_model_facts(target)
+    if as_json:
+        result(facts)
+    else:
+        for line in lines(facts):
+            result(line)
+
+
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """Parameters and memory of a model, counted from its (lazy, never allocated) weights."""
+    from mlx_transfusion.model_io import build, flat_parameters
+
+    sizes = {name: value.size for name, value in flat_parameters(build(config)).items()}
+    images = sum(size for name, size in sizes.items() if name.startswith(("patch_", "angle_")))
+    total = sum(sizes.values())
+    return {
+        "parameters": {"transformer": total - images, "patch layers": images, "total": total},
+        "weights in memory": {name: f"{total * size / 2**30:.2f} GiB" for name, size in BYTES.items()},
+        "picture": f"{config.image_width}x{config.image_height}x{config.image_channels}, "
+        f"{config.patches_per_image} patches of {config.patch_size}x{config.patch_size}",
+        "config": config.to_dict(),
+    }
+
+
+def stored_model_facts(name: str) -> dict[str, Any]:
+    """The facts of a model folder, from its config and file sizes; the weights are not read."""
+    from mlx_transfusion.model_io import read_config, weight_files
+    from mlx_transfusion.model_path import display_name, resolve
+
+    path = resolve(name)
+    config, extra = read_config(path)
+    size = sum(file.stat().st_size for file in weight_files(path))
+    facts = {
+        "model": display_name(name, path),
+        "path": str(path),
+        "weights on disk": f"{size / 2**20:.1f} MiB",
+    }
+    return facts | model_facts(config) | extra
+
+
+def installation_facts() -> dict[str, Any]:
+    """Versions, device and BLAS."""
+    from importlib.metadata import version
+
+    import mlx.core as mx
+
+    from mlx_transfusion import __version__
+    from mlx_transfusion.blas import blas_in_use
+
+    return {
+        "mlx-transfusion": __version__,
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(mx.default_device()),
+        "BLAS": blas_in_use(),
+    }
+
+
+def lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Facts as aligned lines; tables inside are indented."""
+    out = []
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        if name == "parameters":
+            value = {kind: f"{count:,} ({count / 1e9:.3f} billion)" for kind, count in value.items()}
+        if isinstance(value, dict):
+            out += [f"{indent}{name}:", *lines(value, indent + "  ")]
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            out.append(f"{indent}{name.ljust(width)}  {shown}")
+    return out
