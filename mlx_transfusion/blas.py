@@ -13,6 +13,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 VARIABLE = "MLX_TRANSFUSION_BLAS"
 SYMBOL = "cblas_sgemm"
@@ -105,6 +106,23 @@ def blas_in_use() -> str:
     if _is_reference(path):
         return f"reference BLAS (slow): {path}"
     return f"{_product(path) or 'BLAS of an unknown make'}: {path}"
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Leave OpenBLAS with as many threads as before: mlx-data sets it to one when its first pool of threads starts.
+
+    Without this, every matrix product after the first picture that is read runs on one core.
+    """
+    library = ctypes.CDLL(None)
+    if not (sys.platform.startswith("linux") and hasattr(library, "openblas_get_num_threads")):
+        yield
+        return
+    threads = library.openblas_get_num_threads()
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(threads)
 
 
 def _candidates() -> Iterator[str]:

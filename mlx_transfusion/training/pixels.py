@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
+from mlx_transfusion.blas import same_threads
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.image_store import IMAGE_FORMATS, ImageRef
 
@@ -106,13 +107,14 @@ def _in_order(load: Callable[[np.ndarray], np.ndarray], count: int, threads: int
     # ahead: then mlx-data 0.1 starts all over at the end, and its threads outlive the loop.
     stream = indices.key_transform("image", load).ordered_prefetch(min(2 * threads, count), threads)
     results = []
-    try:
-        for sample in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
-            results.append(sample["image"])
-    finally:
-        # Here and now, also after Ctrl-C: the stream's destructor joins its threads. Left to the frames of
-        # a traceback and the garbage collector it may run on one of those threads, which aborts the process.
-        del stream
+    with same_threads():
+        try:
+            for sample in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
+                results.append(sample["image"])
+        finally:
+            # Here and now, also after Ctrl-C: the stream's destructor joins its threads. Left to the frames of
+            # a traceback and the garbage collector it may run on one of those threads, which aborts the process.
+            del stream
     return results
 
 
