@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -47,9 +48,10 @@ def save_png(
         temporary.chmod(0o644)  # NamedTemporaryFile makes files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"{path}: cannot write the picture: {error.strerror or error}") from error
+    finally:  # after Ctrl-C too
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the picture: {error.strerror or error}") from error
     return path
 
 
@@ -78,7 +80,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a picture that this package made. Raises UserError for any other file."""
     data = read_bytes(path)
     try:
-        with Image.open(_stream(data), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.load()  # text may stand behind the pixels
             text = getattr(image, "text", {}).get(CHUNK)
         record = None if text is None else json.loads(text)
@@ -117,7 +119,7 @@ def load_pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
             )
         image = to_image(image)
     if isinstance(image, Image.Image):
-        stream = _stream()
+        stream = io.BytesIO()
         image.save(stream, "PNG")
         return fit(decode_image(stream.getvalue(), "image"), height, width)
     return fit(decode_image(read_bytes(image), str(image)), height, width)
@@ -150,16 +152,13 @@ def free_path(path: Path, taken: set[Path] | None = None) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Make an output folder and try to write there, before hours of work depend on it. Raises UserError."""
+    """Try whether files can be written into an output folder (which need not exist); leaves nothing behind.
+
+    For use before work that takes long. Raises UserError.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".check"):
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".check"):
             pass
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from error
-
-
-def _stream(data: bytes = b"") -> Any:
-    import io
-
-    return io.BytesIO(data)

@@ -56,6 +56,8 @@ def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettin
         raise UserError(
             f"{where}: was painted inside a text: repeat it with `complete`, the same prompt and seed"
         )
+    if "pictures" in record:
+        raise UserError(f"{where}: is a sheet of {len(record['pictures'])} pictures: give one of them")
     try:
         settings = replace(
             DEFAULTS,
@@ -67,7 +69,9 @@ def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettin
             negative_prompt=str(record["negative_prompt"]),
             batch_size=int(record["batch"]["size"]),
         )
-        str(record["prompt"]), int(record["seed"]), int(record["batch"]["row"])
+        str(record["prompt"]), int(record["seed"])
+        if not 0 <= int(record["batch"]["row"]) < settings.batch_size:
+            raise ValueError("row outside the batch")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{where}: its settings are damaged ({error!r}): cannot repeat the picture"

@@ -45,7 +45,8 @@ def iter_images(
     settings.check()
     check_pictures(loaded)
     pairs = _pairs(prompts, seeds)
-    prefixes = [image_prefix(loaded, prompt) for prompt, _ in pairs]
+    prefix_of = {prompt: image_prefix(loaded, prompt) for prompt in dict.fromkeys(p for p, _ in pairs)}
+    prefixes = [prefix_of[prompt] for prompt, _ in pairs]
     return _painted(loaded, pairs, prefixes, guide_prefix(loaded, settings), settings, on_step)
 
 

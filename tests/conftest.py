@@ -5,15 +5,18 @@ from __future__ import annotations
 import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it loads a BLAS)
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_transfusion.cli import main
 from mlx_transfusion.config import ModelConfig
-from mlx_transfusion.model_io import save_model
+from mlx_transfusion.model_io import flat_parameters, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer, train_sentencepiece
 
@@ -31,7 +34,7 @@ def random_model(config: ModelConfig, seed: int = 0, scale: float = 0.2) -> Tran
             if value.ndim == 1 and "norm" in name
             else scale * mx.random.normal(value.shape, key=next(keys)),
         )
-        for name, value in tree_flatten(model.parameters())
+        for name, value in flat_parameters(model).items()
     ]
     model.update(tree_unflatten(weights))
     model.eval()
@@ -87,3 +90,26 @@ def tiny_model_dir(
 ) -> Path:
     """A folder with `tiny_model` and `tiny_tokenizer`, as `load` reads it; tests do not write into it."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny", tiny_model, tiny_tokenizer)
+
+
+class CliResult(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CliResult]:
+    """`cli("generate", "red heart", ..., stdin="")`: run the command line inside this process."""
+
+    def run(*arguments: object, stdin: str = "") -> CliResult:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        assert isinstance(exit_.value.code, int)
+        return CliResult(exit_.value.code, *capfd.readouterr())
+
+    return run

@@ -90,10 +90,15 @@ def complete(
             elif isinstance(event, Finished):
                 result({"finished": event.reason} if as_json else "")
             else:
-                path = output if overwrite and not event.image.index else free_path(output)
+                path = _numbered(output, event.image.index) if overwrite else free_path(output)
                 event.image.save(path)
                 image = event.image
                 if as_json:
                     result({"file": str(path), "seed": image.seed, "settings": image.settings})
                 else:
                     print(f"[{path}]", end="", flush=True)
+
+
+def _numbered(output: Path, index: int) -> Path:
+    """NAME.png, NAME_1.png, NAME_2.png, ..."""
+    return output.with_name(f"{output.stem}_{index}{output.suffix}") if index else output

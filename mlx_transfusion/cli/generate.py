@@ -225,8 +225,9 @@ def _paint(
         try:
             for image in iter_images(loaded, job.prompts, job.seeds, job.settings, watcher.on_step):
                 if job.keep in (None, image.index):
-                    _write(image, files.picture(image.index), as_json)
+                    path = image.save(files.picture(image.index))
                     done.append(image)
+                    _report(image, path, as_json)
                 watcher.finished += 1
         except KeyboardInterrupt:
             message(
@@ -263,8 +264,7 @@ class _Watcher:
                 save_png(self._files.preview(index, step.step), pixels, record | {"preview_step": step.step})
 
 
-def _write(image: GeneratedImage, path: Path, as_json: bool) -> None:
-    image.save(path)
+def _report(image: GeneratedImage, path: Path, as_json: bool) -> None:
     if as_json:
         result(
             {
