@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,11 +27,11 @@ from mlx_transfusion.evaluation.describing import describe_pictures
 from mlx_transfusion.evaluation.report import evaluate
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
 from mlx_transfusion.evaluation.table import table
-from mlx_transfusion.generation import describe
+from mlx_transfusion.generation import Finished, Token, complete, describe
 from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import Loaded, load, save_model
 from mlx_transfusion.models.transfusion import Transfusion
-from mlx_transfusion.settings import DEFAULTS
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
 
 TRAIN, VAL = 12, 6
@@ -217,21 +218,41 @@ def test_batched_descriptions_are_those_of_describe(tiny_loaded: Loaded) -> None
 
 
 def test_rows_that_end_early_leave_the_others_alone(
+    tiny_loaded: Loaded, tiny_tokenizer: Tokenizer, make_model: Callable[..., Transfusion], tmp_path: Path
+) -> None:
+    made = pictures(12, seed=1)
+    settings = dataclasses.replace(DEFAULTS, max_tokens=12, max_images=0)
+    written = [events(tiny_loaded, picture, settings)[0] for picture in made]
+    often = Counter(token for ids in written for token in set(ids)).most_common(1)[0][0]
+    model = make_model(tiny_loaded.config)
+    weight = np.array(model.lm_head.weight)
+    weight[tiny_loaded.config.eos_token_id] = 1.01 * weight[often]  # EOS wherever that token stood
+    model.lm_head.weight = mx.array(weight)
+    loaded = load(save_model(tmp_path / "model", model, tiny_tokenizer))
+    assert {events(loaded, picture, settings)[1] for picture in made} == {"stop", "length"}
+    single = [describe(loaded, picture, settings=settings) for picture in made]
+    assert describe_pictures(loaded, made, max_tokens=12) == single
+
+
+def events(loaded: Loaded, picture: np.ndarray, settings: GenerationSettings) -> tuple[list[int], str]:
+    """Ids of a description one by one, and why it ended."""
+    *tokens, end = complete(loaded, [picture], settings=settings)
+    assert isinstance(end, Finished)
+    return [i for token in tokens if isinstance(token, Token) for i in token.ids], end.reason
+
+
+def test_ids_beyond_the_tokenizer_are_never_written(
     tiny_config: ModelConfig,
     tiny_tokenizer: Tokenizer,
     make_model: Callable[..., Transfusion],
     tmp_path: Path,
 ) -> None:
-    model = make_model(tiny_config)
-    weight = np.array(model.lm_head.weight)
-    weight[tiny_config.eos_token_id] = 2 * weight[6:].mean(0)  # ends now and then
-    model.lm_head.weight = mx.array(weight)
-    loaded = load(save_model(tmp_path / "model", model, tiny_tokenizer))
-    made = pictures(12, seed=1)
-    settings = dataclasses.replace(DEFAULTS, max_tokens=12)
+    padded = dataclasses.replace(tiny_config, vocab_size=tiny_config.vocab_size + 512)
+    loaded = load(save_model(tmp_path / "model", make_model(padded), tiny_tokenizer))
+    made = pictures(4)
+    settings = dataclasses.replace(DEFAULTS, max_tokens=4)
     single = [describe(loaded, picture, settings=settings) for picture in made]
-    assert len({len(loaded.tokenizer.encode(text)) for text in single}) > 1
-    assert describe_pictures(loaded, made, max_tokens=12) == single
+    assert describe_pictures(loaded, made, max_tokens=4) == single
 
 
 # ---- denoising ----
@@ -297,6 +318,7 @@ def test_choice_is_seeded_and_takes_what_there_is() -> None:
     assert len(set(first.tolist())) == 10
     assert first.tolist() == choose(100, 10, 0, "pictures").tolist()
     assert first.tolist() != choose(100, 10, 1, "pictures").tolist()
+    assert first.tolist() != choose(100, 10, 0, "descriptions").tolist()
     assert choose(4, 10, 0, "pictures").tolist() == [0, 1, 2, 3]
 
 

@@ -45,11 +45,11 @@ def test_one_picture_for_every_caption_is_chance() -> None:
 
 
 def test_picture_of_cosine_zero_shares_its_rank() -> None:
-    references = np.array([0, 2, 4], np.uint8).reshape(3, 1, 1, 1)
-    result = retrieve_pictures(np.full((1, 1, 1, 1), 2, np.uint8), np.array([2]), references, alone(3))
+    references = np.array([4, 2, 0], np.uint8).reshape(3, 1, 1, 1)
+    result = retrieve_pictures(np.full((1, 1, 1, 1), 2, np.uint8), np.array([0]), references, alone(3))
     assert result.cosine[0] == 0
     assert result.rank[0] == 2  # all three are equal: the mean of places 1, 2 and 3
-    assert result.nearest[0] == 0
+    assert result.nearest[0] == 0  # the first, not the darkest
 
 
 def test_mean_picture_off_ends_the_advantage_of_pale_pictures() -> None:
@@ -148,7 +148,7 @@ def test_caption_of_a_variant() -> None:
 
 
 def test_silence_is_wrong() -> None:
-    result = retrieve_captions(["", "  "], np.array([0, 0]), CAPTIONS, FAMILY)
+    result = retrieve_captions(["", "  "], np.array([0, 5]), CAPTIONS, FAMILY)
     assert result.nearest.tolist() == [-1, -1]
     assert not result.right.any()
     assert not result.variant.any()
@@ -166,7 +166,7 @@ def test_ties_of_words_go_to_the_smaller_edit_distance_then_to_the_first() -> No
     assert CaptionIndex(["ab", "cd", "ce"]).nearest("cf") == 1  # no word in common at all
 
 
-def test_exact_match_comes_before_shared_words() -> None:
+def test_an_equal_caption_wins_over_one_of_the_same_words() -> None:
     # "c c c" and "c, c, c" have the same words; only one is equal.
     index = CaptionIndex(["c, c, c", "c c c"])
     assert index.nearest("c c c") == 1

@@ -2,7 +2,7 @@
 
 Pictures are compared by the cosine of their pixels with the mean picture of the references taken off: plain
 pixel distance favours pale pictures, and without the subtraction every picture on a white ground resembles
-every other. Captions are compared by exact match, then shared words, then edit distance.
+every other. Captions are compared by shared words, then by edit distance.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def retrieve_captions(
     """Find each description's nearest caption.
 
     own: index of the caption each should be, int [Q]; family: int [R]. Texts are compared without case, kind
-    of Unicode form and spacing. The nearest caption is the equal one; else that with the largest F1 of words;
-    of several, the one with the smallest edit distance relative to the longer text; of several, the first.
+    of Unicode form and spacing. The nearest caption has the largest F1 of words; of several, the smallest
+    edit distance relative to the longer text (so an equal caption always wins); of several, it is the first.
     """
     index = CaptionIndex(captions)
     nearest = np.array([index.nearest(text) for text in descriptions], int)
@@ -133,7 +133,6 @@ class CaptionIndex:
 
     def __init__(self, captions: Sequence[str]) -> None:
         self.texts = [normalise(c) for c in captions]
-        self._first = {text: i for i, text in reversed(list(enumerate(self.texts)))}
         bags = [Counter(words(text)) for text in self.texts]
         self._total = np.array([bag.total() for bag in bags])
         self._column = {w: i for i, w in enumerate(dict.fromkeys(w for bag in bags for w in bag))}
@@ -147,8 +146,6 @@ class CaptionIndex:
         text = normalise(description)
         if not text:
             return -1
-        if text in self._first:
-            return self._first[text]
         bag = Counter(words(text))
         shared = np.zeros(len(self.texts), int)
         for word, count in bag.items():
