@@ -324,10 +324,9 @@ def test_interleaved_loop_equals_a_full_pass(
 ) -> None:
     """The logits after text, image, text, image, text are those of one pass over the document it made."""
     painted: list[mx.array] = []
-    real = interleave.paint_after
 
     def spy(*args: object, **kwargs: object) -> mx.array:
-        painted.append(real(*args, **kwargs))  # type: ignore[arg-type]
+        painted.append(paint_after(*args, **kwargs))  # type: ignore[arg-type]
         return painted[-1]
 
     monkeypatch.setattr(interleave, "paint_after", spy)

@@ -1,19 +1,18 @@
-"""`mlx-transfusion generate`: which pictures to paint, under which names, and how to tell about them."""
+"""`mlx-transfusion generate`."""
 
 from __future__ import annotations
 
-import secrets
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_transfusion.cli import options
+from mlx_transfusion.cli.job import Files, Job, choose_seeds, job_from, new_job, read_prompts
 from mlx_transfusion.cli.terminal import Bar, bar, message, picture_path, result
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from mlx_transfusion.events import GeneratedImage, Step
@@ -71,12 +70,12 @@ def generate(
     if repeat is not None:
         if seed or num_images is not None:
             raise UserError("--from takes the picture's own seed: leave out --seed and --num-images")
-        job = _job_from(repeat, flags, batch_size)
+        job = job_from(repeat, flags, batch_size)
         model = model if model is not None else job.model
     else:
         base = replace(DEFAULTS, batch_size=DEFAULTS.batch_size if batch_size is None else batch_size)
         settings = options.image_settings(base, **flags).check()  # type: ignore[arg-type]
-        job = _job(_prompts(prompt, prompt_file), _seeds(seed or [], num_images), settings)
+        job = new_job(read_prompts(prompt, prompt_file), choose_seeds(seed or [], num_images), settings)
     if preview_every is not None and preview_every < 1:
         raise UserError(f"--preview-every is {preview_every}: use at least 1")
 
@@ -98,123 +97,11 @@ def generate(
             f"warning: {repeat} was painted by weights {job.model_hash} of {job.model}, these are "
             f"{loaded.fingerprint} of {loaded.name}: the picture will differ"
         )
-    _paint(loaded, job, _Files(job, output, overwrite), grid, preview_every, as_json)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What to paint: picture i from prompts[i] and seeds[i]."""
-
-    prompts: list[str]
-    seeds: list[int]
-    settings: GenerationSettings
-    keep: int | None = None
-    """Write this picture only (one row of a batch, see `_job_from`)."""
-    model: str | None = None
-    model_hash: str | None = None
-    several_prompts: bool = False
-    several_seeds: bool = False
-
-
-def _job(prompts: list[str], seeds: list[int], settings: GenerationSettings) -> _Job:
-    """Every prompt with every seed."""
-    return _Job(
-        [p for p in prompts for _ in seeds], seeds * len(prompts), settings,
-        several_prompts=len(prompts) > 1, several_seeds=len(seeds) > 1,
-    )  # fmt: skip
-
-
-def _job_from(file: Path, flags: dict[str, Any], batch_size: int | None) -> _Job:
-    """The job that repeats a picture. A row of a batch is repeated in a batch of that shape, in its row."""
-    from mlx_transfusion.images import read_record
-    from mlx_transfusion.records import settings_from_record
-
-    record = read_record(file)
-    recorded = settings_from_record(record, str(file))
-    settings = options.image_settings(recorded, **flags)
-    if batch_size is not None:
-        settings = replace(settings, batch_size=batch_size)
-    exact = settings == recorded
-    settings.check()
-    count = settings.batch_size if exact else 1
-    return _Job(
-        [str(record["prompt"])] * count,
-        [int(record["seed"])] * count,
-        settings,
-        keep=int(record["batch"]["row"]) if exact else 0,
-        model=str(record.get("model")),
-        model_hash=str(record.get("model_hash")),
-    )
-
-
-def _prompts(prompt: str | None, file: str | None) -> list[str]:
-    if prompt is not None:
-        if not prompt.strip():
-            raise UserError("the prompt is empty: say what the picture shows")
-        return [prompt]
-    assert file is not None
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--prompt-file {file}: cannot read it: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {file}: not UTF-8 text") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompt-file {file}: holds no prompt: write one a line")
-    return prompts
-
-
-def _seeds(seeds: list[int], count: int | None) -> list[int]:
-    """The seeds of one prompt: those given, or `count` in a row from the one given or from a random one."""
-    if count is not None and count < 1:
-        raise UserError(f"--num-images is {count}: use at least 1")
-    if len(seeds) > 1 and count not in (None, len(seeds)):
-        raise UserError(f"--num-images {count} with {len(seeds)} seeds: give one --seed, or leave it out")
-    if len(set(seeds)) < len(seeds):
-        raise UserError("a --seed is given twice: it would paint the same picture again")
-    if len(seeds) > 1:
-        return seeds
-    first = seeds[0] if seeds else secrets.randbelow(1 << 32)
-    return list(range(first, first + (count or 1)))
-
-
-class _Files:
-    """File names of a job's pictures."""
-
-    def __init__(self, job: _Job, output: Path, overwrite: bool) -> None:
-        self._job, self._output, self._overwrite = job, output, overwrite
-        self._taken: set[Path] = set()
-
-    def picture(self, index: int) -> Path:
-        """NAME.png, with _prompt_K and _seed_S where there are several."""
-        job, marks = self._job, ""
-        if job.several_prompts:
-            distinct = len(set(job.seeds))
-            marks += f"_prompt_{index // distinct + 1}"
-        if job.several_seeds:
-            marks += f"_seed_{job.seeds[index]}"
-        return self._free(f"{self._output.stem}{marks}")
-
-    def preview(self, index: int, step: int) -> Path:
-        """NAME_seed_S_step_K.png."""
-        return self._free(f"{self._output.stem}_seed_{self._job.seeds[index]}_step_{step:03d}")
-
-    def grid(self) -> Path:
-        """NAME_grid.png."""
-        return self._free(f"{self._output.stem}_grid")
-
-    def _free(self, stem: str) -> Path:
-        from mlx_transfusion.images import free_path
-
-        path = self._output.with_name(f"{stem}.png")
-        path = path if self._overwrite else free_path(path, self._taken)
-        self._taken.add(path)
-        return path
+    _paint(loaded, job, Files(job, output, overwrite), grid, preview_every, as_json)
 
 
 def _paint(
-    loaded: Loaded, job: _Job, files: _Files, grid: bool, preview_every: int | None, as_json: bool
+    loaded: Loaded, job: Job, files: Files, grid: bool, preview_every: int | None, as_json: bool
 ) -> None:
     from mlx_transfusion.text_to_image import iter_images
 
@@ -242,7 +129,7 @@ class _Watcher:
     """Follows the sampler's steps: progress bar and previews."""
 
     def __init__(
-        self, loaded: Loaded, job: _Job, files: _Files, progress: Bar, preview_every: int | None
+        self, loaded: Loaded, job: Job, files: Files, progress: Bar, preview_every: int | None
     ) -> None:
         self._loaded, self._job, self._files = loaded, job, files
         self._progress, self._every = progress, preview_every
