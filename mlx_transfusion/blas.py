@@ -110,9 +110,10 @@ def blas_in_use() -> str:
 
 @contextmanager
 def same_threads() -> Iterator[None]:
-    """Leave OpenBLAS with as many threads as before: mlx-data sets it to one when its first pool of threads starts.
+    """Leave OpenBLAS with as many threads as before: mlx-data sets it to one, and does not always undo that.
 
-    Without this, every matrix product after the first picture that is read runs on one core.
+    Its pools of threads save the number and restore it, and saves race: where one saw the other's one, every
+    matrix product from then on runs on one core.
     """
     library = ctypes.CDLL(None)
     if not (sys.platform.startswith("linux") and hasattr(library, "openblas_get_num_threads")):

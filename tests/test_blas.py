@@ -143,6 +143,29 @@ def test_a_preloaded_blas_is_left_in_place(system_blas: str) -> None:
     assert err == ""
 
 
+@on_linux
+def test_openblas_keeps_its_threads_whatever_happens_between(system_blas: str) -> None:
+    if "openblas" not in system_blas:
+        pytest.skip("only OpenBLAS has its threads changed")
+    # mlx-data sets one thread and, depending on the order in which its own threads end, leaves it so.
+    code = """
+import ctypes, mlx_transfusion
+from mlx_transfusion.blas import same_threads
+library = ctypes.CDLL(None)
+library.openblas_set_num_threads(2)
+with same_threads():
+    library.openblas_set_num_threads(1)
+print(library.openblas_get_num_threads())
+try:
+    with same_threads():
+        library.openblas_set_num_threads(1)
+        raise KeyError
+except KeyError:
+    print(library.openblas_get_num_threads())
+"""
+    assert run(code)[0].split() == ["2", "2"]
+
+
 @pytest.mark.skipif(LINUX, reason="for the systems where nothing is loaded")
 def test_elsewhere_nothing_is_loaded_or_said() -> None:
     out, err = run("import mlx_transfusion.blas as b, mlx.core; print(b.blas_in_use())")
