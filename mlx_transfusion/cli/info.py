@@ -60,7 +60,7 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
     total = sum(sizes.values())
     return {
         "parameters": {"transformer": total - images, "patch layers": images, "total": total},
-        "weights in memory": {name: f"{total * size / 2**30:.2f} GiB" for name, size in BYTES.items()},
+        "weights in memory": {name: _memory(total * size) for name, size in BYTES.items()},
         "picture": f"{config.image_width}x{config.image_height}x{config.image_channels}, "
         f"{config.patches_per_image} patches of {config.patch_size}x{config.patch_size}",
         "config": config.to_dict(),
@@ -78,7 +78,7 @@ def stored_model_facts(name: str) -> dict[str, Any]:
     facts = {
         "model": display_name(name, path),
         "path": str(path),
-        "weights on disk": f"{size / 2**20:.1f} MiB",
+        "weights on disk": _memory(size),
     }
     return facts | model_facts(config) | extra
 
@@ -108,10 +108,18 @@ def lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         if name == "parameters":
-            value = {kind: f"{count:,} ({count / 1e9:.3f} billion)" for kind, count in value.items()}
+            value = {kind: f"{count:,} ({_rounded(count)})" for kind, count in value.items()}
         if isinstance(value, dict):
             out += [f"{indent}{name}:", *lines(value, indent + "  ")]
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             out.append(f"{indent}{name.ljust(width)}  {shown}")
     return out
+
+
+def _rounded(count: int) -> str:
+    return f"{count / 1e9:.3f} billion" if count >= 100_000_000 else f"{count / 1e6:.2f} million"
+
+
+def _memory(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
