@@ -159,7 +159,7 @@ class _Document:
         if self.pictures >= s.max_images or self._room() < c.patches_per_image + 2:
             banned.append(c.boi_token_id)
         return sample_token(
-            self.logits[0],
+            self.logits[0].astype(mx.float32),  # numpy has no bfloat16
             temperature=s.temperature,
             top_p=s.top_p,
             top_k=s.top_k,

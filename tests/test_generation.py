@@ -226,6 +226,19 @@ def test_longest_prompt_fits(loaded: Loaded) -> None:
     assert len(generate_images(loaded, prompt, 1, FEW)) == 1
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_weights_paint_about_the_same(
+    loaded: Loaded, tiny_model_dir: Path, dtype: mx.Dtype
+) -> None:
+    half = load(tiny_model_dir, dtype=dtype)
+    plain = dataclasses.replace(FEW, guidance=1.0)
+    expected = generate_images(loaded, "red heart", 1, plain)[0].pixels.astype(int)
+    got = generate_images(half, "red heart", 1, plain)[0].pixels
+    assert np.abs(got - expected).mean() < (2 if dtype == mx.float16 else 8)
+    events = list(complete(half, ["red", got, "cat"], 1, dataclasses.replace(FEW, max_tokens=8)))
+    assert isinstance(events[-1], Finished)
+
+
 # ---- guidance ----
 
 
