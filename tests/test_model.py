@@ -214,12 +214,10 @@ def test_jvp_of_the_velocity_through_a_cache(
 
     (value,), (tangent,) = mx.jvp(f, [x, angle], [dx, da])
     np.testing.assert_allclose(value, f(x, angle), atol=1e-5)
-    h = 5e-3
+    h = 5e-3 if act == "silu" else 1e-3  # a shorter step crosses fewer kinks of ReGLU
     difference = (f(x + h * dx, angle + h * da) - f(x - h * dx, angle - h * da)) / (2 * h)
-    tolerance = 5e-3 if act == "silu" else 3e-2  # the difference steps over kinks of ReGLU
-    scale = mx.abs(difference).max().item()
-    assert scale > 0.1
-    assert mx.abs(tangent - difference).max().item() < tolerance * scale
+    assert mx.abs(difference).mean().item() > 0.1
+    assert mx.abs(tangent - difference).mean().item() < 5e-3 * mx.abs(difference).mean().item()
 
 
 def test_jvp_of_the_training_forward(tiny_model: Transfusion) -> None:
