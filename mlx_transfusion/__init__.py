@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from mlx_transfusion.blas import use_system_blas
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "complete", "describe", "generate_images", "load"]
+__all__ = [
+    "GenerationSettings",
+    "UserError",
+    "__version__",
+    "complete",
+    "describe",
+    "generate_images",
+    "load",
+]
 
 use_system_blas()
 
@@ -17,11 +25,13 @@ if TYPE_CHECKING:
     from mlx_transfusion.errors import UserError
     from mlx_transfusion.generation import complete, describe, generate_images
     from mlx_transfusion.model_io import load
+    from mlx_transfusion.settings import GenerationSettings
 else:
 
     def __getattr__(name: str) -> object:
         """The public names, each imported when it is first asked for."""
         modules = {
+            "GenerationSettings": "settings",
             "UserError": "errors",
             "complete": "generation",
             "describe": "generation",

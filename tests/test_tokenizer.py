@@ -246,9 +246,9 @@ def test_command_trains_and_does_not_overwrite(tmp_path: Path, model: Path) -> N
     output.write_bytes(b"precious")
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
-    assert "--force" in str(result.exception)
+    assert "--overwrite" in str(result.exception)
     assert output.read_bytes() == b"precious"
-    assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
     assert output.read_bytes() == model.read_bytes()
 
 

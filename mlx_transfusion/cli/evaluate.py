@@ -9,6 +9,7 @@ import typer
 
 from mlx_transfusion.cli import options
 from mlx_transfusion.cli.terminal import bar, result
+from mlx_transfusion.errors import UserError
 
 
 def evaluate(
@@ -20,10 +21,14 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data, instead of the config's own.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few samples only, to see that it runs.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a model: losses, perplexity against n-gram baselines, retrieval of pictures and captions."""
+    if output is not None and output.is_file() and not overwrite:
+        raise UserError(f"{output}: exists already: choose another --output or give --overwrite")
+
     from mlx_transfusion.evaluation.report import evaluate as run
     from mlx_transfusion.evaluation.table import table
 

@@ -28,7 +28,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Where to write the SentencePiece model.")] = Path(
         "tokenizer.model"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
 ) -> None:
     """Train a lower-casing unigram SentencePiece model with byte fallback."""
     from mlx_transfusion.errors import UserError
@@ -37,7 +37,7 @@ def train(
 
     if output.is_dir():
         raise UserError(f"{output}: is a folder: give a file name with --output")
-    if output.exists() and not force:
-        raise UserError(f"{output}: exists already: choose another --output or give --force")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: exists already: choose another --output or give --overwrite")
     train_sentencepiece(read_texts(inputs), output, vocab_size)
     typer.echo(str(output))
