@@ -68,15 +68,16 @@ class ModelConfig:
         _one_of("prediction", self.prediction, ("epsilon", "velocity"))
         _one_of("patch_positions", self.patch_positions, ("none", "learned"))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "image_height", "image_width", "image_channels", "patch_size", "time_frequencies"):  # fmt: skip
-            if getattr(self, name) <= 0:
+                     "image_height", "image_width", "image_channels", "patch_size", "time_frequencies",
+                     "image_std", "rms_norm_eps", "rope_theta", "max_position"):  # fmt: skip
+            if not getattr(self, name) > 0:
                 raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
                 f"model config: hidden_size {self.hidden_size} must be an even multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.num_attention_heads % self.kv_heads:
+        if self.kv_heads <= 0 or self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"model config: num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.kv_heads}"
@@ -86,6 +87,12 @@ class ModelConfig:
                 f"model config: image {self.image_width}x{self.image_height} cannot be cut into patches of "
                 f"{self.patch_size}; choose a patch_size that divides both"
             )
+        for name in ("pad", "bos", "eos", "unk", "boi", "eoi"):
+            if not 0 <= getattr(self, f"{name}_token_id") < self.vocab_size:
+                raise UserError(
+                    f"model config: {name}_token_id is {getattr(self, f'{name}_token_id')}, expected 0 to "
+                    f"vocab_size - 1 ({self.vocab_size - 1})"
+                )
         if len(self.image_mean) != self.image_channels:
             raise UserError(
                 f"model config: image_mean has {len(self.image_mean)} values, expected one for each of the "
@@ -95,7 +102,7 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
@@ -129,11 +136,11 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _latent_preset(layers: int, dim: int, heads: int, ffn: int) -> dict[str, Any]:
     """One row of the paper's table 2: Llama tokenizer, 32x32x8 latents, 2x2 patches (256 an image)."""
-    return dict(
-        vocab_size=32000, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=ffn, image_height=32, image_width=32, image_channels=8, patch_size=2,
-        image_mean=(0.0,) * 8, prediction="epsilon",
-    )  # fmt: skip
+    return {
+        "vocab_size": 32000, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": ffn, "image_height": 32, "image_width": 32, "image_channels": 8, "patch_size": 2,
+        "image_mean": (0.0,) * 8, "prediction": "epsilon",
+    }  # fmt: skip
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -189,11 +196,17 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, found {value!r}")
-        inner = typing.get_args(hint)[0]
+        inner, *others = typing.get_args(hint)
+        if origin is tuple and Ellipsis not in others and len(value) != 1 + len(others):
+            raise UserError(f"{where}: expected a list of {1 + len(others)}, found {value!r}")
         return origin(_convert(v, inner, f"{where}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
-    if hint is Any or hint is dict or origin is dict:
+    if hint is Any:
+        return value
+    if hint is dict or origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a table of keys, found {value!r}")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -113,11 +113,8 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
                 f"a document of {lengths[i]} tokens does not fit a sequence of {row_length}; "
                 "raise sequence_length or shorten the text"
             )
-        for r, free in enumerate(room):
-            if lengths[i] <= free:
-                break
-        else:
-            r = len(rows)
+        r = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
+        if r == len(rows):
             rows.append([])
             room.append(row_length)
         rows[r].append(i)

@@ -56,7 +56,9 @@ def panel(title: str, train: Points, valid: Points) -> Image.Image:
 
 def main() -> None:
     """Read metrics.jsonl, write a PNG."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("metrics", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()

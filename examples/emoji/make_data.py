@@ -30,7 +30,9 @@ def shrink(source: Path, target: Path) -> None:
             if file is None:
                 continue
             png = io.BytesIO()
-            Image.fromarray(fit(decode_image(file.read(), member.name), SIZE, SIZE)).save(png, "PNG", optimize=True)
+            Image.fromarray(fit(decode_image(file.read(), member.name), SIZE, SIZE)).save(
+                png, "PNG", optimize=True
+            )
             info = tarfile.TarInfo(member.name)
             info.size = len(png.getvalue())
             small.addfile(info, io.BytesIO(png.getvalue()))
@@ -38,7 +40,9 @@ def shrink(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Write data/emoji and data/glosses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     source = parser.parse_args().folder
     target = Path(__file__).parent / "data"

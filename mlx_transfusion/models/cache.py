@@ -46,9 +46,7 @@ class KVCache:
         for i, (k, v) in enumerate(new):
             past = self.layers[i]
             self.layers[i] = (
-                (k, v)
-                if past is None
-                else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
+                (k, v) if past is None else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
             )
         self.valid = np.concatenate([self.valid, valid], 1)
 
@@ -67,7 +65,7 @@ class KVCache:
         return out
 
     def stack(self, other: KVCache) -> KVCache:
-        """A new cache with this one's rows followed by the other's; the shorter one is padded with invalid columns."""
+        """A new cache: this one's rows, then the other's; the shorter one is padded with invalid columns."""
         columns = max(self.valid.shape[1], other.valid.shape[1])
         a, b = self._widened(columns), other._widened(columns)
         out = KVCache(len(self.layers), a.batch + b.batch)

@@ -60,9 +60,7 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
     def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(
-            x, self._head_dim, traditional=False, base=self._theta, scale=1.0, offset=offset
-        )
+        return mx.fast.rope(x, self._head_dim, traditional=False, base=self._theta, scale=1.0, offset=offset)
 
 
 class MLP(nn.Module):

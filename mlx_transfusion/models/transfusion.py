@@ -74,15 +74,20 @@ class Transfusion(nn.Module):
         of several documents: only differences inside a document are ever seen.
         """
         m, n, _ = batch.patches.shape
-        angle = self.angle_embedding(batch.angle)
-        tokens = self.patch_encoder(batch.patches, angle).reshape(m * n, -1)
-        x = mx.where(batch.is_image, tokens[batch.patch_row], self.embed_tokens(batch.ids))
+        x = self.embed_tokens(batch.ids)
+        if m:  # text alone has no patches, and an empty array can neither be reshaped nor looked up
+            angle = self.angle_embedding(batch.angle)
+            tokens = self._patch_tokens(batch.patches, angle).reshape(m * n, -1)
+            x = mx.where(batch.is_image, tokens[batch.patch_row], x)
         for layer in self.layers:
             run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
             x, _ = run(x, batch.mask)
         x = self.norm(x).reshape(-1, x.shape[-1])
+        logits = self.lm_head(x[batch.text_index])
+        if not m:
+            return logits, batch.patches
         hidden = x[batch.patch_index].reshape(m, n, -1)
-        return self.lm_head(x[batch.text_index]), self.patch_decoder(hidden, batch.patches, angle)
+        return logits, self.patch_decoder(hidden, batch.patches, angle)
 
     # ---- generation: the interface every image-making family offers ---------------------------------------------
 
@@ -128,6 +133,13 @@ class Transfusion(nn.Module):
         x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
         return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
 
+    def _patch_tokens(self, patches: mx.array, embedded: mx.array) -> mx.array:
+        """Token vectors [B, N, D] of noisy patches, in the decoder's precision.
+
+        The angle's sines are always float32, and one float32 addend would turn the whole decoder into float32.
+        """
+        return self.patch_encoder(patches, embedded).astype(self.norm.weight.dtype)
+
     def _decode_image(
         self, x: mx.array, angle: mx.array, cache: KVCache, store: bool
     ) -> tuple[mx.array, mx.array]:
@@ -136,12 +148,10 @@ class Transfusion(nn.Module):
         new = np.ones(x.shape[:2], bool)
         visible = cache.visible(new)
         mask = None if visible.all() else mx.array(visible[:, None, None])
-        tokens = self.patch_encoder(x, embedded)
+        tokens = self._patch_tokens(x, embedded)
         return self._decode_tokens(tokens, mask, cache, new if store else None), embedded
 
-    def _decode_tokens(
-        self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None
-    ) -> mx.array:
+    def _decode_tokens(self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None) -> mx.array:
         """Run the decoder on new token vectors [B, T, D]; `store` (which of them are real) puts them in the cache."""
         offset = cache.offset()
         added = []

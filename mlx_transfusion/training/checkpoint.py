@@ -25,17 +25,12 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_io import save_model
+from mlx_transfusion.model_io import read_weights, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
 
 PREFIX, TEMPORARY = "step-", ".writing-"
-WEIGHTS, AVERAGE, OPTIMIZER, STATE = (
-    "train.safetensors",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+WEIGHTS, OPTIMIZER, STATE = "train.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass
@@ -66,29 +61,62 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(folder)
-        temporary.mkdir()
-        model.update(state.ema)
-        save_model(temporary, model, tokenizer)
-        model.update(state.weights)
-        mx.save_safetensors(str(temporary / WEIGHTS), dict(tree_flatten(state.weights)))
-        mx.save_safetensors(str(temporary / OPTIMIZER), dict(tree_flatten(optimizer.state)))
-        (temporary / STATE).write_text(json.dumps({"step": state.step, **record}, indent=2) + "\n")
-        for file in temporary.iterdir():
-            _flush(file)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _flush(folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        # A step that is saved already stays: taking it away to write the same again would only risk it.
+        if not (target / STATE).is_file():
+            _write(temporary, state, optimizer, model, tokenizer, record)
+            if target.exists():
+                shutil.rmtree(target)  # not a checkpoint: it has no training state
+            os.replace(temporary, target)
+            _flush(folder)
+        for old in checkpoints(folder)[:-keep]:
+            _remove(old)
+    except (OSError, RuntimeError, UserError) as error:
         raise UserError(
-            f"{target}: cannot save the checkpoint ({'disk full' if full else error}); "
+            f"{target}: cannot save the checkpoint ({_reason(error)}); "
             "free some space and resume: the last complete checkpoint is untouched"
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _write(
+    folder: Path,
+    state: TrainState,
+    optimizer: optim.Optimizer,
+    model: Transfusion,
+    tokenizer: Tokenizer,
+    record: dict[str, Any],
+) -> None:
+    """Write all files of a checkpoint into a new folder and wait until they are on the disk."""
+    folder.mkdir()
+    model.update(state.ema)
+    try:
+        save_model(folder, model, tokenizer)
+    finally:
+        model.update(state.weights)
+    mx.save_safetensors(str(folder / WEIGHTS), dict(tree_flatten(state.weights)))
+    mx.save_safetensors(str(folder / OPTIMIZER), dict(tree_flatten(optimizer.state)))
+    (folder / STATE).write_text(json.dumps({"step": state.step, **record}, indent=2) + "\n")
+    for file in folder.iterdir():
+        _flush(file)
+    _flush(folder)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written, in few words."""
+    if isinstance(error, UserError) and error.__cause__ is not None:
+        error = error.__cause__
+    # mlx has no error numbers; its writes fail for want of space.
+    full = getattr(error, "errno", None) == errno.ENOSPC or "Unable to write" in str(error)
+    return "disk full" if full else getattr(error, "strerror", None) or str(error)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; under another name, so that a kill half-way leaves nothing that looks complete."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -99,11 +127,17 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError when it cannot be read."""
+    """state.json of a checkpoint: "step", "config" and what else was recorded.
+
+    Raises UserError when it cannot be read.
+    """
     try:
-        return json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads((checkpoint / STATE).read_text())
+        if not (isinstance(record["step"], int) and isinstance(record["config"], dict)):
+            raise ValueError("step and config have the wrong types")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint / STATE}: cannot read the training state: {error}") from error
+    return record
 
 
 def load_checkpoint(checkpoint: Path, optimizer: optim.Optimizer) -> TrainState:
@@ -111,18 +145,19 @@ def load_checkpoint(checkpoint: Path, optimizer: optim.Optimizer) -> TrainState:
 
     Raises UserError for a file that is missing or corrupt.
     """
+    step = read_record(checkpoint)["step"]
     try:
-        weights = _tree(checkpoint / WEIGHTS)
-        ema = _tree(checkpoint / AVERAGE)
-        optimizer.state = _tree(checkpoint / OPTIMIZER)
+        weights = tree_unflatten(_arrays(checkpoint / WEIGHTS))
+        ema = tree_unflatten(list(read_weights(checkpoint).items()))  # several files when the model is large
+        optimizer.state = tree_unflatten(_arrays(checkpoint / OPTIMIZER))
+        mx.eval(weights, ema, optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: cannot be resumed from: {error}") from error
-    mx.eval(weights, ema, optimizer.state)
-    return TrainState(int(read_record(checkpoint)["step"]), weights, ema)
+    return TrainState(step, weights, ema)
 
 
-def _tree(file: Path) -> Any:
-    return tree_unflatten(list(mx.load(str(file)).items()))
+def _arrays(file: Path) -> list[tuple[str, mx.array]]:
+    return list(mx.load(str(file)).items())  # type: ignore[union-attr]  # a dict, for safetensors
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class OptimizerConfig:
     final_fraction: float = 0.05
     """Learning rate of the last step relative to the peak (cosine)."""
     warmup: int = 4000
-    betas: tuple[float, ...] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -123,32 +124,63 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"training config: {name} is {getattr(self, name)}, expected 1 or more")
-        choices = {
-            "dtype": (self.dtype, ("float32", "bfloat16")),
-            "optimizer.name": (self.optimizer.name, ("adamw", "muon")),
-            "diffusion.distribution": (self.diffusion.distribution, ("uniform", "tan_lognormal")),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
+        for name, (low, high) in _LIMITS.items():
+            value = operator.attrgetter(name)(self)
+            for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
+                _within(f"{name}[{i}]" if isinstance(value, tuple) else name, one, low, high)
+        for name, allowed in _CHOICES.items():
+            choice = operator.attrgetter(name)(self)
+            if choice not in allowed:
                 raise UserError(
-                    f'training config: {name} is "{value}", expected one of {", ".join(allowed)}'
+                    f'training config: {name} is "{choice}", expected one of {", ".join(allowed)}'
                 )
-        for name in ("caption_first", "caption_drop", "flip"):
-            if not 0 <= getattr(self.data, name) <= 1:
-                raise UserError(
-                    f"training config: data.{name} is {getattr(self.data, name)}, expected 0 to 1"
-                )
+        if not self.data.train:
+            raise UserError("training config: data.train is empty, expected at least one source of rows")
+        if self.accumulate > self.batch_size:
+            raise UserError(
+                f"training config: accumulate is {self.accumulate}, expected at most batch_size {self.batch_size}"
+            )
+        if self.sample.every and not self.sample.prompts:
+            raise UserError("training config: sample.every needs sample.prompts to paint")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the checkpoint's record."""
         return dataclasses.asdict(self)
 
 
+_LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep",
+         "valid_batches", "data.threads"), (1, math.inf)),
+    **dict.fromkeys(
+        ("valid_every", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
+         "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
+         "optimizer.clip"), (0, math.inf)),
+    **dict.fromkeys(
+        ("ema", "data.caption_first", "data.caption_drop", "data.flip", "optimizer.final_fraction",
+         "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
+    **dict.fromkeys(("diffusion.high_noise_from", "diffusion.image_first_limit"), (0, math.pi / 2)),
+    "seed": (0, 2**63 - 1),
+}  # fmt: skip
+"""Smallest and largest value of each number."""
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adamw", "muon"),
+    "diffusion.distribution": ("uniform", "tan_lognormal"),
+}
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        wanted = f"{low} or more" if high == math.inf else f"{low} to {high:.6g}"
+        raise UserError(f"training config: {name} is {value}, expected {wanted}")
+
+
 def load_train_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a training TOML; file names in it are relative to its folder, except `output` (to the current one).
+
+    `init` is a folder beside the TOML, or else whatever `load` accepts.
 
     `overrides` are "key.path=value" with TOML values (a bare word counts as text). Raises UserError for a
     missing or unreadable file and for unknown, missing or mistyped keys.
@@ -200,6 +232,8 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
             table[key] = str(folder / table[key])
 
     fix(data, "tokenizer")
+    if isinstance(data.get("init"), str) and (folder / data["init"]).is_dir():
+        fix(data, "init")
     tables = data.get("data", {})
     for split in ("train", "valid"):
         rows = tables.get(split, []) if isinstance(tables, dict) else []

@@ -99,7 +99,7 @@ class DataSet:
 
     def documents(self, step: int, size: int, progress: float = 0.0) -> list[Document]:
         """The `size` documents of a step. `progress` in [0, 1] moves the share of high noise."""
-        out = []
+        out: list[Document] = []
         for s, count in enumerate(shares(self._weights, size)):
             for k in range(count):
                 number = step * size + len(out)
@@ -212,9 +212,7 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
     return counts
 
 
-def draw_angle(
-    config: DiffusionConfig, u: np.ndarray, text_follows: bool, progress: float = 0.0
-) -> float:
+def draw_angle(config: DiffusionConfig, u: np.ndarray, text_follows: bool, progress: float = 0.0) -> float:
     """One noise angle in radians from uniform numbers u [>= 3].
 
     A picture that text follows is kept below `image_first_limit` (arXiv 2408.11039, table 8): the text that

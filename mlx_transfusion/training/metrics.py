@@ -7,24 +7,36 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlx_transfusion.errors import UserError
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl`; on resume, lines past the resumed step are dropped, as those steps run again."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Raises UserError when `folder` cannot be made or written."""
         self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= resumed_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._drop_after(resumed_step)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write the training output: {error.strerror}") from error
         self._board = _tensorboard(folder, resumed_step)
 
+    def _drop_after(self, step: int) -> None:
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Log `values` at `step` (numbers; steps count from 1)."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Log `values` at `step` (numbers; steps count from 1). Raises UserError when the disk is full."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write: {error.strerror}; training stopped") from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

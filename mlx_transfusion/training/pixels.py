@@ -109,7 +109,9 @@ def _in_order(load: Callable[[np.ndarray], np.ndarray], count: int, threads: int
     results = []
     with same_threads():
         try:
-            for sample in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
+            for (
+                sample
+            ) in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
                 results.append(sample["image"])
         finally:
             # Here and now, also after Ctrl-C: the stream's destructor joins its threads. Left to the frames of

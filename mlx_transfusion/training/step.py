@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_transfusion import losses, sequence, trigflow
 from mlx_transfusion.models.patches import patchify
@@ -57,7 +58,9 @@ class Step:
             self._gradients = mx.compile(self._plain_gradients)
             self._update = mx.compile(self._plain_update, inputs=state, outputs=state)
 
-    def gradients(self, weights: Tree, batch: Batch, text_total: int, image_total: int) -> tuple[Any, mx.array]:
+    def gradients(
+        self, weights: Tree, batch: Batch, text_total: int, image_total: int
+    ) -> tuple[Any, mx.array]:
         """Gradients of this batch's part of the objective, and its summed losses.
 
         The totals are those of the whole optimiser step (all processes and accumulated parts), so that parts
@@ -84,9 +87,7 @@ class Step:
         def objective(w: Tree) -> tuple[mx.array, mx.array]:
             self._model.update(_cast(w, self._dtype))
             batch = TrainArrays(*arrays)
-            logits, prediction = self._model(
-                batch._replace(patches=batch.patches.astype(self._dtype))
-            )
+            logits, prediction = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
             text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
             image = losses.image_errors(prediction.astype(mx.float32), target).sum()
             sums = mx.stack([text, image])
@@ -100,10 +101,7 @@ class Step:
         self, gradients: Tree, weights: Tree, ema: Tree, decay: mx.array
     ) -> tuple[Tree, Tree, mx.array]:
         limit = self._config.optimizer.clip
-        if limit > 0:
-            gradients, norm = optim.clip_grad_norm(gradients, limit)
-        else:
-            norm = mx.sqrt(sum((g.square().sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+        gradients, norm = optim.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
         weights = self._optimizer.apply_gradients(gradients, weights)
         return weights, ema_update(ema, weights, decay), norm
 

@@ -7,6 +7,8 @@ batch's documents, gradients are summed, and all hold the same weights).
 from __future__ import annotations
 
 import math
+import re
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_transfusion import blas
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.config import TrainConfig, model_config
 from mlx_transfusion.training.data import Batch, DataSet
+from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import ema_decay, make_optimizer, set_learning_rate
 from mlx_transfusion.training.progress import Progress
@@ -47,18 +51,23 @@ class Trainer:
         """Builds model, data and optimiser. Raises UserError for bad config or data."""
         self.config = config
         self.group = mx.distributed.init()
+        if config.batch_size < self.group.size() * config.accumulate:
+            raise UserError(
+                f"batch_size {config.batch_size} is too small for {self.group.size()} processes with "
+                f"{config.accumulate} parts each: every part needs a document"
+            )
         self.output = Path(config.output)
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.model = _new_model(config, self.tokenizer)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        shared = dict(
-            data=config.data,
-            diffusion=config.diffusion,
-            model=self.model.config,
-            tokenizer=self.tokenizer,
-            seed=config.seed,
-            sequence_length=config.sequence_length,
-        )
+        shared = {
+            "data": config.data,
+            "diffusion": config.diffusion,
+            "model": self.model.config,
+            "tokenizer": self.tokenizer,
+            "seed": config.seed,
+            "sequence_length": config.sequence_length,
+        }
         self.train_data = DataSet(config.data.train, **shared)  # type: ignore[arg-type]
         self.valid_data = (
             DataSet(config.data.valid, stream="valid", **shared)  # type: ignore[arg-type]
@@ -89,28 +98,45 @@ class Trainer:
         return True
 
     def run(self) -> Path:
-        """Train to `config.steps`; returns the last checkpoint. Ctrl-C saves one and is raised on."""
+        """Train to `config.steps`; returns the last checkpoint.
+
+        Ctrl-C ends the step in hand, saves, and is raised on; a second one is raised at once.
+        """
         config, log = self.config, None
         if self.is_main:
             log = MetricsLog(self.output, self.state.step)
-            for line in self.train_data.bad_rows[:20]:
-                print(f"skipped: {line}")
-        with Progress(config.steps, self.state.step, self.is_main) as progress:
-            with ThreadPoolExecutor(1) as loader:
-                ahead: Future[Loaded] | None = None
-                try:
-                    while self.state.step < config.steps:
-                        n = self.state.step
-                        loaded = ahead.result() if ahead else self._load(n)
-                        ahead = loader.submit(self._load, n + 1) if n + 1 < config.steps else None
-                        self._train_step(loaded, progress, log)
-                        self._after_step(progress, log)
-                except KeyboardInterrupt:
-                    self._save()
-                    raise
-        if log is not None:
-            log.close()
-        return self._save()
+            self._report_bad_rows()
+        try:
+            with Progress(config.steps, self.state.step, self.is_main) as progress, Interrupt() as interrupt:
+                with ThreadPoolExecutor(1) as loader:
+                    self._loop(loader, interrupt, progress, log)
+                return self._save()
+        finally:
+            if log is not None:
+                log.close()
+
+    def _loop(
+        self, loader: ThreadPoolExecutor, interrupt: Interrupt, progress: Progress, log: MetricsLog | None
+    ) -> None:
+        steps, threads = self.config.steps, blas.thread_count()
+        ahead: Future[Loaded] | None = None
+        while self.state.step < steps:
+            n = self.state.step
+            loaded = ahead.result() if ahead else self._load(n)
+            ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
+            blas.set_thread_count(threads)  # see blas.same_threads
+            stop = self._train_step(loaded, interrupt, progress, log)
+            self._after_step(progress, log)
+            if stop:
+                self._save()
+                raise KeyboardInterrupt
+
+    def _report_bad_rows(self) -> None:
+        bad = self.train_data.bad_rows + (self.valid_data.bad_rows if self.valid_data else [])
+        for line in bad[:20]:
+            print(f"skipped: {line}", file=sys.stderr)
+        if bad:
+            print(f"skipped {len(bad)} bad rows in all", file=sys.stderr)
 
     def _load(self, step: int) -> Loaded:
         """Read this process's documents of a step (runs in a thread: numpy only)."""
@@ -127,55 +153,66 @@ class Trainer:
             parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.packed.tokens for b in parts)
         )
 
-    def _train_step(self, loaded: Loaded, progress: Progress, log: MetricsLog | None) -> None:
-        c, state = self.config, self.state
+    def _train_step(
+        self, loaded: Loaded, interrupt: Interrupt, progress: Progress, log: MetricsLog | None
+    ) -> bool:
+        """One optimiser step. Returns whether any process was asked to stop."""
+        c, n = self.config, self.state.step
         start = time.perf_counter()
-        gradients: Any = None
-        sums = mx.zeros((2,))
-        for part in loaded.parts:
-            part_gradients, part_sums = self.step.gradients(
-                state.weights, part, loaded.text_total, loaded.image_total
-            )
-            gradients = (
-                part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
-            )
-            sums = sums + part_sums
-            mx.eval(gradients, sums)
-        if self.group.size() > 1:
-            gradients, sums = self._all_sum(gradients), mx.distributed.all_sum(sums)
-        factor = learning_rate_factor(state.step, c.steps, c.optimizer)
+        gradients, sums, stop = self._gradients(loaded, interrupt)
+        factor = learning_rate_factor(n, c.steps, c.optimizer)
         set_learning_rate(self.optimizer, c.optimizer, factor)
         weights, ema, norm = self.step.update(
-            gradients, state.weights, state.ema, ema_decay(state.step, c.ema)
+            gradients, self.state.weights, self.state.ema, ema_decay(n, c.ema)
         )
-        mx.eval(weights, ema, self.optimizer.state, norm, sums)
-        text, image = np.array(sums) / np.maximum(1, [loaded.text_total, loaded.image_total])
-        if not (math.isfinite(text) and math.isfinite(image) and math.isfinite(norm.item())):
+        mx.eval(weights, ema, self.optimizer.state, norm)
+        text, image = (float(x) for x in sums / np.maximum(1, [loaded.text_total, loaded.image_total]))
+        gradient_norm = float(np.array(norm))
+        if not all(map(math.isfinite, (text, image, gradient_norm))):
             raise UserError(
-                f"step {state.step + 1}: not finite any more (text loss {text}, image loss {image}, gradient norm "
-                f"{norm.item()}); training stopped, the last checkpoint is good; resume it with a lower learning rate"
+                f"step {n + 1}: not finite any more (text loss {text}, image loss {image}, gradient norm "
+                f"{gradient_norm}); training stopped, the last checkpoint is good; start a new run from it "
+                "(init) with a lower learning rate"
             )
-        self.state = ckpt.TrainState(state.step + 1, weights, ema)
+        self.state = ckpt.TrainState(n + 1, weights, ema)
         self.model.update(weights)
         values = {
-            "text_loss": float(text),
-            "image_loss": float(image),
-            "loss": float(text + c.image_loss_weight * image),
-            "gradient_norm": float(norm.item()),
+            "text_loss": text,
+            "image_loss": image,
+            "loss": text + c.image_loss_weight * image,
+            "gradient_norm": gradient_norm,
             "learning_rate": c.optimizer.learning_rate * factor,
             "tokens_per_second": loaded.tokens * self.group.size() / (time.perf_counter() - start),
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
-        progress.advance(self.state.step, values)
-        if log is not None and self.state.step % c.log_every == 0:
-            log.write(self.state.step, values)
+        progress.advance(n + 1, values)
+        if log is not None and (n + 1) % c.log_every == 0:
+            log.write(n + 1, values)
+        return stop
+
+    def _gradients(self, loaded: Loaded, interrupt: Interrupt) -> tuple[Any, np.ndarray, bool]:
+        """Gradients and summed losses [text, image] of all parts and processes; whether any was asked to stop."""
+        gradients: Any = None
+        sums = mx.zeros((2,))
+        for part in loaded.parts:
+            more, part_sums = self.step.gradients(
+                self.state.weights, part, loaded.text_total, loaded.image_total
+            )
+            gradients = more if gradients is None else tree_map(mx.add, gradients, more)
+            sums = sums + part_sums
+            mx.eval(gradients, sums)
+        sums = mx.concatenate([sums, mx.array([float(interrupt.requested)])])
+        if self.group.size() > 1:
+            gradients, sums = self._all_sum(gradients), mx.distributed.all_sum(sums)
+        *losses, stop = np.array(sums)
+        return gradients, np.array(losses), bool(stop)
 
     def _all_sum(self, gradients: Any) -> Any:
         """Sum over processes in one message: a ring is bound by the number of messages, not their size.
 
         Sorted by name, because the optimiser hands trees back in an order that differs between processes.
         """
-        leaves = sorted(tree_flatten(gradients), key=lambda leaf: leaf[0])
+        leaves = sorted(dict(tree_flatten(gradients)).items())
         flat = mx.distributed.all_sum(mx.concatenate([g.reshape(-1) for _, g in leaves]))
         mx.eval(flat)
         ends = np.cumsum([g.size for _, g in leaves]).tolist()
@@ -214,9 +251,7 @@ class Trainer:
         self.model.update(self.state.ema)
         folder = self.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        paint_grid(
-            self.model, self.tokenizer, self.config.sample, folder / f"step-{self.state.step:08d}.png"
-        )
+        paint_grid(self.model, self.tokenizer, self.config.sample, folder / f"step-{self.state.step:08d}.png")
         self.model.update(self.state.weights)
 
     def _save(self) -> Path:
@@ -259,28 +294,32 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer) -> Transfusion:
     if config.init is not None:
         from mlx_transfusion.model_io import load
 
-        start = load(config.init).model
-        if start.config != shape:
-            raise UserError(f"init {config.init}: its model config differs from [model] of this run")
+        start = load(config.init, dtype=mx.float32).model  # stored in half precision perhaps
+        theirs, ours = start.config.to_dict(), shape.to_dict()
+        if differs := [key for key in ours if theirs[key] != ours[key]]:
+            raise UserError(
+                f"init {config.init}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
+                f"{ours[differs[0]]}"
+            )
         model.update(start.parameters())
     mx.eval(model.parameters())
     return model
 
 
-_MAY_CHANGE = {"output", "log_every", "valid_every", "valid_batches", "save_every", "keep", "sample", "tokenizer",
-               "accumulate", "compile", "gradient_checkpointing"}  # fmt: skip
+_MAY_CHANGE = re.compile(
+    r"(output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|accumulate|compile"
+    r"|gradient_checkpointing)|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*"
+    r"|data\.train\.\d+\.(rows|images)"
+)
 """Keys that may differ on resume without changing what is learned (files may have moved)."""
 
 
 def _check_same_run(recorded: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    import json
-
-    wanted = json.loads(json.dumps(wanted))
-    for key in sorted(set(wanted) | set(recorded)):
-        if key in _MAY_CHANGE or key == "data":
-            continue
-        if recorded.get(key) != wanted.get(key):
+    """Raises UserError that names the first key, e.g. `optimizer.learning_rate`, that makes it another run."""
+    old, new = dict(tree_flatten(recorded)), dict(tree_flatten(wanted))
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
             raise UserError(
-                f"{path}: was trained with {key} = {recorded.get(key)}, the config says {wanted.get(key)}; "
+                f"{path}: was trained with {key} = {old.get(key)}, the config says {new.get(key)}; "
                 "use the same config or another output folder"
             )
