@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_transfusion import losses, sequence, trigflow
 from mlx_transfusion.models.patches import patchify
@@ -100,6 +100,9 @@ class Step:
     def _plain_update(
         self, gradients: Tree, weights: Tree, ema: Tree, decay: mx.array
     ) -> tuple[Tree, Tree, mx.array]:
+        # By name: the trees' own order changes with a resume and from process to process, and with it the last
+        # bit of the norm.
+        gradients = tree_unflatten(sorted(tree_flatten(gradients, destination={}).items()))
         limit = self._config.optimizer.clip
         gradients, norm = optim.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
         weights = self._optimizer.apply_gradients(gradients, weights)
