@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image
 from tiny_training import write_jsonl, write_run
 
@@ -330,18 +330,22 @@ def reordered(tree: Any) -> Any:
     return [reordered(value) for value in tree] if isinstance(tree, list) else tree
 
 
-@pytest.mark.parametrize("overrides", [[], MUON, ["compile=false"]], ids=["adamw", "muon", "plain"])
+@pytest.mark.parametrize("overrides", [[], MUON], ids=["adamw", "muon"])
 def test_the_order_of_a_tree_does_not_touch_a_bit(config: MakeConfig, overrides: list[str]) -> None:
     results = []
     for order in (lambda tree: tree, reordered):
         trainer = Trainer(config(*overrides))
-        w = trainer.state.weights
-        noise = iter(mx.random.split(mx.random.key(0), 100))
-        gradients = tree_map(lambda v, noise=noise: 3 * mx.random.normal(v.shape, key=next(noise)), w)
-        weights, ema, norm = trainer.step.update(order(gradients), order(w), order(trainer.state.ema), 0.9)
-        assert norm.item() > 1  # clipping is at work
-        trees = {"w": weights, "ema": ema, "norm": norm, "o": trainer.optimizer.state}
+        weights, ema, norms = trainer.state.weights, trainer.state.ema, []
+        keys = iter(mx.random.split(mx.random.key(0), 1000))
+        for _ in range(8):
+            names = sorted(tree_flatten(weights, destination={}).items())
+            gradients = tree_unflatten([(k, 3 * mx.random.normal(v.shape, key=next(keys))) for k, v in names])
+            weights, ema, norm = trainer.step.update(order(gradients), order(weights), order(ema), 0.9)
+            norms.append(norm.item())
+        assert min(norms) > 1  # clipping is at work
+        trees = {"w": weights, "ema": ema, "o": trainer.optimizer.state}
         results.append({k: np.array(v) for k, v in tree_flatten(trees, destination={}).items()})
+        results[-1]["norms"] = np.array(norms)
     assert_same(*results)
 
 
