@@ -51,7 +51,9 @@ def test_token_by_token_equals_all_at_once(any_model: Transfusion) -> None:
         rows = [i for i, p in enumerate(PROMPTS) if len(p) > t]
         cache = cache.select(rows) if t == 2 else cache.select([kept.index(i) for i in rows])
         kept = rows
-        logits = any_model.extend_text(np.array([[PROMPTS[i][t]] for i in rows]), np.ones(len(rows), int), cache)
+        logits = any_model.extend_text(
+            np.array([[PROMPTS[i][t]] for i in rows]), np.ones(len(rows), int), cache
+        )
         for row, i in zip(np.array(logits), rows, strict=True):
             if len(PROMPTS[i]) == t + 1:
                 np.testing.assert_allclose(row, all_at_once[i], atol=1e-4)

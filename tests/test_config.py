@@ -132,6 +132,11 @@ def test_nested_faults_are_located(changes: dict[str, Any], message: str) -> Non
 def test_presets() -> None:
     assert list(PRESETS) == ["0.16b", "0.37b", "0.76b", "1.4b", "7b"]
     seven = preset("7b")
-    assert (seven.num_hidden_layers, seven.hidden_size, seven.head_dim, seven.patch_dim) == (32, 4096, 128, 32)
+    assert (seven.num_hidden_layers, seven.hidden_size, seven.head_dim, seven.patch_dim) == (
+        32,
+        4096,
+        128,
+        32,
+    )
     with pytest.raises(UserError, match='preset "8b" is unknown, expected one of 0.16b'):
         preset("8b")

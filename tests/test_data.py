@@ -32,7 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) 
     write_jsonl(
         folder / "stories.jsonl",
         [
-            {"segments": [{"text": "red"}, {"image": "red-star.png"}, {"text": "blue"}, {"image": "blue-star.png"}]},
+            {
+                "segments": [
+                    {"text": "red"},
+                    {"image": "red-star.png"},
+                    {"text": "blue"},
+                    {"image": "blue-star.png"},
+                ]
+            },
             {"segments": [{"image": "red-moon.png"}, {"text": "moon"}]},
             {"segments": [{"image": "red-moon.png"}, {"image": "blue-moon.png"}]},
         ],
@@ -47,11 +54,18 @@ def make_data(folder: Path, tiny_config: ModelConfig, tiny_tokenizer: Tokenizer)
         weights = settings.pop("weights", [1.0] * len(files))
         images = str(folder / "pictures")
         sources = [SourceConfig(str(folder / f), images, w) for f, w in zip(files, weights, strict=True)]
-        diffusion = {f.name: settings.pop(f.name) for f in dataclasses.fields(DiffusionConfig) if f.name in settings}
+        diffusion = {
+            f.name: settings.pop(f.name) for f in dataclasses.fields(DiffusionConfig) if f.name in settings
+        }
         data = {f.name: settings.pop(f.name) for f in dataclasses.fields(DataConfig) if f.name in settings}
         own: dict[str, Any] = {"seed": 0, "sequence_length": 32} | settings
         return DataSet(
-            sources, DataConfig(tuple(sources), **data), DiffusionConfig(**diffusion), tiny_config, tiny_tokenizer, **own
+            sources,
+            DataConfig(tuple(sources), **data),
+            DiffusionConfig(**diffusion),
+            tiny_config,
+            tiny_tokenizer,
+            **own,
         )
 
     return make
@@ -71,7 +85,9 @@ def texts(document: Document, tokenizer: Tokenizer) -> list[str]:
 # --- angles ---
 
 
-def draws(config: DiffusionConfig, text_follows: bool = False, progress: float = 0.0, n: int = 20_000) -> np.ndarray:
+def draws(
+    config: DiffusionConfig, text_follows: bool = False, progress: float = 0.0, n: int = 20_000
+) -> np.ndarray:
     u = np.random.default_rng(0).random((n, 4))
     return np.array([draw_angle(config, row, text_follows, progress) for row in u])
 
@@ -81,7 +97,13 @@ def draws(config: DiffusionConfig, text_follows: bool = False, progress: float =
     st.sampled_from(["uniform", "tan_lognormal"]), st.floats(0, 1), st.floats(0, 1), st.floats(0, HALF_PI),
 )  # fmt: skip
 def test_every_angle_lies_where_it_may(
-    u: tuple[float, ...], text_follows: bool, progress: float, kind: str, first: float, last: float, limit: float
+    u: tuple[float, ...],
+    text_follows: bool,
+    progress: float,
+    kind: str,
+    first: float,
+    last: float,
+    limit: float,
 ) -> None:
     config = DiffusionConfig(distribution=kind, high_noise_share=(first, last), image_first_limit=limit)
     angle = draw_angle(config, np.array(u), text_follows, progress)
@@ -174,7 +196,9 @@ def test_no_two_documents_share_draws(make_data: MakeData) -> None:
     assert len({n.tobytes() for n in noises}) == len(noises)
 
 
-def test_an_epoch_visits_every_row_once_in_a_fresh_order(make_data: MakeData, tiny_tokenizer: Tokenizer) -> None:
+def test_an_epoch_visits_every_row_once_in_a_fresh_order(
+    make_data: MakeData, tiny_tokenizer: Tokenizer
+) -> None:
     data = make_data("pairs.jsonl", "texts.jsonl", weights=[3.0, 1.0], caption_first=0.0)
     names: list[str] = []
     words: list[str] = []
@@ -217,7 +241,13 @@ def test_layouts(make_data: MakeData, tiny_config: ModelConfig) -> None:
             assert shape == ([(1,), caption, *image, (2,)] if first else [(1,), *image, caption, (2,)])
             assert all(s.loss for s in d.segments if isinstance(s, Text))
     for d in make_data("pairs.jsonl", caption_first=1.0, caption_drop=1.0).documents(0, 4):
-        assert [s.ids if isinstance(s, Text) else s for s in d.segments] == [(1,), (4,), Image(0, n), (5,), (2,)]
+        assert [s.ids if isinstance(s, Text) else s for s in d.segments] == [
+            (1,),
+            (4,),
+            Image(0, n),
+            (5,),
+            (2,),
+        ]
 
 
 def test_stories_keep_their_own_order(make_data: MakeData, tiny_tokenizer: Tokenizer) -> None:
@@ -228,7 +258,9 @@ def test_stories_keep_their_own_order(make_data: MakeData, tiny_tokenizer: Token
             shown = tuple(texts(d, tiny_tokenizer))
             seen[shown] = [i.name for i in d.images]
             assert [s.index for s in d.segments if isinstance(s, Image)] == list(range(len(d.images)))
-            followed = [any(t != "<image>" for t in shown[k + 1 :]) for k, t in enumerate(shown) if t == "<image>"]
+            followed = [
+                any(t != "<image>" for t in shown[k + 1 :]) for k, t in enumerate(shown) if t == "<image>"
+            ]
             assert all(a <= math.pi / 4 for a, limited in zip(d.angles, followed, strict=True) if limited)
     assert seen == {
         ("red", "<image>", "blue", "<image>"): ["red-star.png", "blue-star.png"],
@@ -278,7 +310,9 @@ def test_count_is_what_pack_finds(make_data: MakeData, step: int, size: int) -> 
         assert (alone.text_targets, len(alone.angle)) == (tokens, images)
 
 
-def test_a_batch_holds_each_documents_own_pictures_noise_and_angles(make_data: MakeData, folder: Path) -> None:
+def test_a_batch_holds_each_documents_own_pictures_noise_and_angles(
+    make_data: MakeData, folder: Path
+) -> None:
     from PIL import Image as Pillow
 
     data = make_data("pairs.jsonl", "stories.jsonl", flip=0.5)
@@ -333,7 +367,13 @@ def test_latent_presets_are_not_trained_on_pixels(
     source = SourceConfig(str(folder / "pairs.jsonl"), str(folder / "pictures"))
     with pytest.raises(UserError, match="image_channels is 8; pictures need 3"):
         DataSet(
-            [source], DataConfig((source,)), DiffusionConfig(), config, tiny_tokenizer, seed=0, sequence_length=32
+            [source],
+            DataConfig((source,)),
+            DiffusionConfig(),
+            config,
+            tiny_tokenizer,
+            seed=0,
+            sequence_length=32,
         )
 
 

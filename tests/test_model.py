@@ -73,7 +73,9 @@ def test_a_change_reaches_exactly_the_positions_that_may_see_it(any_model: Trans
 PackedResult = tuple[np.ndarray, np.ndarray]
 
 
-def run(model: Transfusion, packed: sequence.PackedBatch, patches: np.ndarray, angle: np.ndarray) -> PackedResult:
+def run(
+    model: Transfusion, packed: sequence.PackedBatch, patches: np.ndarray, angle: np.ndarray
+) -> PackedResult:
     logits, prediction = model(train_arrays(packed, patches, angle))
     return np.array(logits).reshape(*packed.ids.shape, -1), np.array(prediction)
 
@@ -92,7 +94,9 @@ def test_a_document_alone_is_the_document_in_company(any_model: Transfusion) -> 
     documents = story(any_model)
     patches, angle = random_images(any_model, 4)
     logits, prediction, packed = full_forward(any_model, documents, 32, patches, angle)
-    together = [logits[r][packed.document[r] == d] for r in range(2) for d in range(packed.document[r].max() + 1)]
+    together = [
+        logits[r][packed.document[r] == d] for r in range(2) for d in range(packed.document[r].max() + 1)
+    ]
     assert len(together) == len(documents)
     for d in documents:
         images = [s.index for s in d if isinstance(s, Image)]
@@ -298,7 +302,9 @@ def test_presets_have_the_papers_sizes_and_take_no_memory(name: str) -> None:
     mx.reset_peak_memory()
     config = preset(name)
     model = Transfusion(config)
-    images = sum(parameter_count(model[part]) for part in ("patch_encoder", "patch_decoder", "angle_embedding"))
+    images = sum(
+        parameter_count(model[part]) for part in ("patch_encoder", "patch_decoder", "angle_embedding")
+    )
     transformer = parameter_count(model) - images
     assert round(transformer / 1e9, 3) == SIZES[name]
     assert images / transformer < 0.005  # section 3.3: the linear patch layers add less than 0.5%

@@ -107,7 +107,9 @@ def test_muon_steps_are_orthogonal_matrices(tiny_model: Transfusion) -> None:
     weights = tiny_model.parameters()
     optimizer.init(weights)
     set_learning_rate(optimizer, config, 1.0)
-    gradients = tree_map(lambda g: g * mx.exp(3 * mx.arange(g.shape[-1]) / g.shape[-1]), gradients_of(tiny_model))
+    gradients = tree_map(
+        lambda g: g * mx.exp(3 * mx.arange(g.shape[-1]) / g.shape[-1]), gradients_of(tiny_model)
+    )
     name = "layers.0.self_attn.q_proj.weight"
     step = np.array(flat(optimizer.apply_gradients(gradients, weights))[name] - flat(weights)[name])
     singular = np.linalg.svd(step / 0.02, compute_uv=False)

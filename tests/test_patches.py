@@ -13,7 +13,9 @@ from mlx_transfusion.models.patches import AngleEmbedding, PatchDecoder, PatchEn
 from mlx_transfusion.models.transfusion import Transfusion
 
 
-@pytest.mark.parametrize(("height", "width", "p", "c"), [(8, 12, 4, 3), (6, 4, 2, 1), (4, 4, 1, 8), (8, 8, 8, 2)])
+@pytest.mark.parametrize(
+    ("height", "width", "p", "c"), [(8, 12, 4, 3), (6, 4, 2, 1), (4, 4, 1, 8), (8, 8, 8, 2)]
+)
 def test_patchify_is_raster_order_inside_and_outside(height: int, width: int, p: int, c: int) -> None:
     images = np.arange(2 * height * width * c).reshape(2, height, width, c)
     wanted = [

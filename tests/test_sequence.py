@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.sequence import (
-    IMAGE, PAD, TEXT, Image, PackedBatch, Segment, Text, attention_mask, bucket, document, first_fit, length, pack,
+    IMAGE,
+    PAD,
+    TEXT,
+    Image,
+    PackedBatch,
+    Segment,
+    Text,
+    attention_mask,
+    bucket,
+    document,
+    first_fit,
+    length,
+    pack,
 )  # fmt: skip
 
 CONFIG = ModelConfig(
@@ -51,7 +63,9 @@ def predictions(tokens: list[Token]) -> set[tuple[int, int]]:
 def drawn_documents(draw: st.DrawFn) -> list[list[Segment]]:
     images = iter(range(1000))
     text = st.builds(
-        lambda ids, loss: Text(tuple(ids), loss), st.lists(st.integers(6, 63), min_size=1, max_size=6), st.booleans()
+        lambda ids, loss: Text(tuple(ids), loss),
+        st.lists(st.integers(6, 63), min_size=1, max_size=6),
+        st.booleans(),
     )
     kinds = st.lists(st.one_of(text, st.none()), max_size=4)  # None stands for an image
     drawn = draw(st.lists(kinds, min_size=1, max_size=6))

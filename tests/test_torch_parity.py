@@ -33,7 +33,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=VARIANTS)
-def model(request: pytest.FixtureRequest, tiny_config: ModelConfig, make_model: Callable[..., Any]) -> Transfusion:
+def model(
+    request: pytest.FixtureRequest, tiny_config: ModelConfig, make_model: Callable[..., Any]
+) -> Transfusion:
     return make_model(dataclasses.replace(tiny_config, **VARIANTS[request.param]))
 
 
@@ -109,7 +111,9 @@ def test_velocity_behind_a_cache(model: Transfusion) -> None:
     if c.prediction == "epsilon":
         wanted = trigflow.velocity_from_eps(x, wanted, 0.8)
     _, cache = model.prefill(np.array([ids]), np.array([4]))
-    np.testing.assert_allclose(model.velocity(mx.array(x), mx.array(angle), cache), wanted, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        model.velocity(mx.array(x), mx.array(angle), cache), wanted, rtol=1e-5, atol=2e-5
+    )
 
 
 def test_gradients(model: Transfusion) -> None:
@@ -143,7 +147,10 @@ def test_ten_steps_of_adamw(tiny_config: ModelConfig, make_model: Callable[..., 
     rng = np.random.default_rng(0)
     ema = weights
     for n in range(10):
-        gradients = {k: rng.normal(size=v.shape).astype(np.float32) * 10 ** rng.uniform(-4, 0) for k, v in start.items()}
+        gradients = {
+            k: rng.normal(size=v.shape).astype(np.float32) * 10 ** rng.uniform(-4, 0)
+            for k, v in start.items()
+        }
         rate = 1e-2 * (n + 1) / 10
         optimizer.learning_rate = rate
         tree = tree_unflatten([(k, mx.array(g)) for k, g in gradients.items()])

@@ -27,7 +27,11 @@ def test_the_file_and_its_defaults(toml: Path) -> None:
     assert config.data.train[1].images is None
     # the paper's values where the file says nothing
     assert (config.image_loss_weight, config.data.caption_first, config.accumulate) == (5.0, 0.8, 1)
-    assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip) == (
+        (0.9, 0.95),
+        0.1,
+        1.0,
+    )
     assert config.diffusion.image_first_limit == pytest.approx(3.14159265 / 4)
 
 
@@ -140,8 +144,15 @@ def test_the_model_of_a_run(toml: Path) -> None:
     def other(**keys: Any) -> TrainConfig:
         return TrainConfig("o", "t", config.data, keys)
 
-    base = model_config(other(preset="0.16b", image_channels=3, image_mean=[0, 0, 0], num_hidden_layers=3), 288, SPECIAL)
-    assert (base.hidden_size, base.num_hidden_layers, base.prediction, base.vocab_size) == (768, 3, "epsilon", 288)
+    base = model_config(
+        other(preset="0.16b", image_channels=3, image_mean=[0, 0, 0], num_hidden_layers=3), 288, SPECIAL
+    )
+    assert (base.hidden_size, base.num_hidden_layers, base.prediction, base.vocab_size) == (
+        768,
+        3,
+        "epsilon",
+        288,
+    )
     with pytest.raises(UserError, match=r'\[model\]: preset "9b" is unknown'):
         model_config(other(preset="9b"), 288, SPECIAL)
     with pytest.raises(UserError, match=r'\[model\]: unknown key "hiden_size"; did you mean "hidden_size"'):

@@ -60,7 +60,9 @@ MakeConfig = Callable[..., TrainConfig]
 def state(checkpoint: Path) -> Arrays:
     """Weights, average and optimiser of a checkpoint, under names that tell them apart."""
     files = ("train.safetensors", "model.safetensors", "optimizer.safetensors")
-    return {f"{file}:{name}": np.array(v) for file in files for name, v in mx.load(str(checkpoint / file)).items()}
+    return {
+        f"{file}:{name}": np.array(v) for file in files for name, v in mx.load(str(checkpoint / file)).items()
+    }
 
 
 def assert_same(a: Arrays, b: Arrays) -> None:
@@ -83,7 +85,9 @@ def losses_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Arrays, list[dict]]]:
+def uninterrupted(
+    toml: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Arrays, list[dict]]]:
     """The end of the six steps of the tiny run (with Muon, which has the most state), and its metrics."""
     output = tmp_path_factory.mktemp("uninterrupted")
     last = train(load_train_config(toml, [*MUON, f"output={output}"]))
@@ -94,7 +98,13 @@ def uninterrupted(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_it_learns(config: MakeConfig) -> None:
-    run = config("steps=60", "optimizer.warmup=5", "optimizer.learning_rate=1e-2", "model.patch_skip=true", "save_every=1000")
+    run = config(
+        "steps=60",
+        "optimizer.warmup=5",
+        "optimizer.learning_rate=1e-2",
+        "model.patch_skip=true",
+        "save_every=1000",
+    )
     last = train(run)
     assert last.name == "step-00000060"
     rows = metrics(Path(run.output))
@@ -155,7 +165,9 @@ def test_ways_to_compute_the_same_gradients(config: MakeConfig) -> None:
     for overrides, tolerance in (([], 0), (["compile=false"], 1e-5), (["gradient_checkpointing=true"], 1e-5),
                                  (["dtype=bfloat16"], 0.1)):  # fmt: skip
         trainer = Trainer(config(*overrides))
-        moved = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), trainer.state.weights)
+        moved = tree_map(
+            lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), trainer.state.weights
+        )
         trainer.state.weights = moved
         gradients, _ = gradients_of(trainer)
         wanted = wanted or gradients
@@ -170,7 +182,9 @@ def test_the_objective_is_the_weighted_sum_of_the_two_means(config: MakeConfig) 
     documents = data.documents(0, 9)
     batch = data.batch(documents)
     arrays, target, text_target, text_weight = to_arrays(batch, model)
-    weights = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), trainer.state.weights)
+    weights = tree_map(
+        lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), trainer.state.weights
+    )
 
     def objective(w: Any) -> mx.array:
         model.update(w)
@@ -182,7 +196,9 @@ def test_the_objective_is_the_weighted_sum_of_the_two_means(config: MakeConfig) 
     model.update(weights)
     trainer.state.weights = weights
     gradients, sums = gradients_of(trainer)
-    assert sums[0] / batch.text_targets + 3 * sums[1] / len(batch.angle) == pytest.approx(value.item(), rel=1e-5)
+    assert sums[0] / batch.text_targets + 3 * sums[1] / len(batch.angle) == pytest.approx(
+        value.item(), rel=1e-5
+    )
     assert_close({k: np.array(v) for k, v in tree_flatten(wanted)}, gradients, 1e-5)
 
 
@@ -421,7 +437,9 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.001)
 
 
-def test_sigkill_at_random_moments(toml: Path, tmp_path: Path, uninterrupted: tuple[Arrays, list[dict]]) -> None:
+def test_sigkill_at_random_moments(
+    toml: Path, tmp_path: Path, uninterrupted: tuple[Arrays, list[dict]]
+) -> None:
     """Real processes: killed while a checkpoint is being written, and at random moments between."""
     output = tmp_path / "out"
     folder = output / "checkpoints"
@@ -437,7 +455,10 @@ def test_sigkill_at_random_moments(toml: Path, tmp_path: Path, uninterrupted: tu
             return bool(found) and found[-1].name != done
 
         if k % 2:  # in the middle of the first save
-            wait_for(process, lambda: folder.is_dir() and any(p.name.startswith(".writing-step") for p in folder.iterdir()))
+            wait_for(
+                process,
+                lambda: folder.is_dir() and any(p.name.startswith(".writing-step") for p in folder.iterdir()),
+            )
         else:
             wait_for(process, progressed)
             time.sleep(dice.uniform(0, 0.03))
@@ -544,7 +565,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx, "save_safetensors", full)
-        with pytest.raises(UserError, match=r"step-00000004: cannot save the checkpoint \(disk full\)") as error:
+        with pytest.raises(
+            UserError, match=r"step-00000004: cannot save the checkpoint \(disk full\)"
+        ) as error:
             train(run)
     assert "\n" not in str(error.value)
     assert [p.name for p in folder.iterdir()] == ["step-00000002"]
@@ -601,7 +624,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(config: MakeCo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DataSet, "batch", poisoned)
-        with pytest.raises(UserError, match=r"step 5: not finite any more .*the last checkpoint is good") as error:
+        with pytest.raises(
+            UserError, match=r"step 5: not finite any more .*the last checkpoint is good"
+        ) as error:
             train(run)
     assert "\n" not in str(error.value)
     found = ckpt.checkpoints(Path(run.output) / "checkpoints")
@@ -633,7 +658,9 @@ def two_steps(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("override", "message"), CHANGES)
-def test_another_config_is_refused_naming_the_key(toml: Path, two_steps: Path, override: str, message: str) -> None:
+def test_another_config_is_refused_naming_the_key(
+    toml: Path, two_steps: Path, override: str, message: str
+) -> None:
     with pytest.raises(UserError, match=f"was trained with {message}") as error:
         train(load_train_config(toml, ["steps=2", f"output={two_steps}", override]))
     assert "\n" not in str(error.value)
@@ -697,7 +724,10 @@ def test_validation_and_sample_grids(config: MakeConfig, toml: Path) -> None:
     valid = [r for r in metrics(output) if "valid_text_loss" in r]
     assert [r["step"] for r in valid] == [2, 4]
     assert all(np.isfinite(r[k]) and r[k] > 0 for r in valid for k in ("valid_text_loss", "valid_image_loss"))
-    assert sorted(p.name for p in (output / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert sorted(p.name for p in (output / "samples").iterdir()) == [
+        "step-00000002.png",
+        "step-00000004.png",
+    ]
     with Image.open(output / "samples" / "step-00000004.png") as picture:
         picture.load()
         assert picture.width >= 2 * 8
@@ -729,13 +759,17 @@ def test_start_from_a_model_folder(
     weights = {k: v for k, v in state(train(run)).items() if k.startswith("train")}
     for name, value in weights.items():
         np.testing.assert_array_equal(value, wanted[name.removeprefix("train.safetensors:")])
-    with pytest.raises(UserError, match=r"init .*tiny: its intermediate_size is 64, \[model\] of this run says 48"):
+    with pytest.raises(
+        UserError, match=r"init .*tiny: its intermediate_size is 64, \[model\] of this run says 48"
+    ):
         Trainer(config(f"init={tiny_model_dir}"))
     with pytest.raises(UserError):
         Trainer(config(f"init={tmp_path}"))
 
 
-def test_half_precision_weights_are_trained_in_float32(config: MakeConfig, two_steps: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_are_trained_in_float32(
+    config: MakeConfig, two_steps: Path, tmp_path: Path
+) -> None:
     (first,) = ckpt.checkpoints(two_steps / "checkpoints")
     loaded = load(first)
     half = save_model(tmp_path / "half", loaded.model, loaded.tokenizer, dtype=mx.float16)
@@ -745,7 +779,8 @@ def test_half_precision_weights_are_trained_in_float32(config: MakeConfig, two_s
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(config: MakeConfig) -> None:
     a, b, c = (
-        state(train(config("steps=2", f"seed={seed}", output=name))) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+        state(train(config("steps=2", f"seed={seed}", output=name)))
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
     )
     assert_same(a, b)
     name = "train.safetensors:layers.0.mlp.up_proj.weight"

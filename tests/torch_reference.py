@@ -54,7 +54,9 @@ def attention(
 
 def mlp(w: Weights, name: str, c: ModelConfig, x: torch.Tensor) -> torch.Tensor:
     act = F.silu if c.hidden_act == "silu" else F.relu
-    return linear(w, f"{name}.down_proj", act(linear(w, f"{name}.gate_proj", x)) * linear(w, f"{name}.up_proj", x))
+    return linear(
+        w, f"{name}.down_proj", act(linear(w, f"{name}.gate_proj", x)) * linear(w, f"{name}.up_proj", x)
+    )
 
 
 def angle_vector(w: Weights, c: ModelConfig, angle: torch.Tensor) -> torch.Tensor:
@@ -62,7 +64,9 @@ def angle_vector(w: Weights, c: ModelConfig, angle: torch.Tensor) -> torch.Tenso
     n = c.time_frequencies
     frequencies = torch.tensor([100.0 ** (-i / max(1, n - 1)) for i in range(n)], dtype=angle.dtype)
     x = angle[:, None] * frequencies
-    return linear(w, "angle_embedding.fc2", F.silu(linear(w, "angle_embedding.fc1", torch.cat([x.cos(), x.sin()], 1))))
+    return linear(
+        w, "angle_embedding.fc2", F.silu(linear(w, "angle_embedding.fc1", torch.cat([x.cos(), x.sin()], 1)))
+    )
 
 
 def forward(
