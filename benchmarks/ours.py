@@ -6,12 +6,11 @@ import json
 import sys
 from typing import Any
 
-import mlx_transfusion  # isort: skip  (before mlx, for which it loads a BLAS)
 import mlx.core as mx
 import numpy as np
 from workload import PICTURE, STEP, Workload, timed
 
-from mlx_transfusion import noise, sequence
+from mlx_transfusion import __version__, noise, sequence
 from mlx_transfusion.blas import blas_in_use
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.transfusion import Transfusion
@@ -46,7 +45,7 @@ def measure(workload: Workload) -> dict[str, Any]:
         # With and without the caption, at each evaluation and once before.
         "passes": {PICTURE: 2 + 2 * SAMPLERS[SAMPLER].evaluations(workload.steps)},
         "versions": {
-            "mlx-transfusion": mlx_transfusion.__version__,
+            "mlx-transfusion": __version__,
             "mlx": mx.__version__,
             "BLAS": blas_in_use().split(":")[0],
         },

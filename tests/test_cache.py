@@ -46,10 +46,11 @@ def test_token_by_token_equals_all_at_once(any_model: Transfusion) -> None:
     all_at_once, whole = any_model.prefill(*padded(PROMPTS))
     first, cache = any_model.prefill(*padded([p[:2] for p in PROMPTS]))
     del first
+    kept = list(range(len(PROMPTS)))
     for t in range(2, 7):
         # Rows that have ended get a token too, and it must not matter: their logits are taken before.
         rows = [i for i, p in enumerate(PROMPTS) if len(p) > t]
-        cache = cache.select(rows) if t == 2 else cache.select([kept.index(i) for i in rows])
+        cache = cache.select([kept.index(i) for i in rows])
         kept = rows
         logits = any_model.extend_text(
             np.array([[PROMPTS[i][t]] for i in rows]), np.ones(len(rows), int), cache

@@ -138,5 +138,5 @@ def test_presets() -> None:
         128,
         32,
     )
-    with pytest.raises(UserError, match='preset "8b" is unknown, expected one of 0.16b'):
+    with pytest.raises(UserError, match=r'preset "8b" is unknown, expected one of 0\.16b'):
         preset("8b")

@@ -151,7 +151,7 @@ def test_shares_sum_up_and_stay_within_one_of_their_due(weights: list[float], si
     try:
         counts = shares(weights, size)
     except UserError as error:
-        assert "too small" in str(error)
+        assert "too small" in str(error)  # noqa: PT017
         assert min(weights) / sum(weights) * size < 1  # only for a source that would be left with nothing
         return
     assert sum(counts) == size

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_schedule_rises_then_falls(steps: int, warmup: int, final: float) ->
     factors = [learning_rate_factor(n, steps, config) for n in range(steps)]
     top = min(warmup, steps - 1)
     assert all(0 <= f <= 1 for f in factors)
-    assert all(a <= b for a, b in zip(factors[:top], factors[1 : top + 1], strict=True))
+    assert all(a <= b for a, b in itertools.pairwise(factors))
     assert all(a >= b - 1e-12 for a, b in zip(factors[top:], factors[top + 1 :], strict=False))
     if warmup < steps - 1:
         assert factors[-1] == pytest.approx(final)
@@ -146,7 +147,7 @@ def test_ema_is_the_weighted_sum_of_the_past() -> None:
 def test_ema_decay_starts_low_and_stays_at_its_limit() -> None:
     assert ema_decay(0, 0.999) == pytest.approx(0.1)
     decays = [ema_decay(n, 0.99) for n in range(2000)]
-    assert all(a <= b for a, b in zip(decays, decays[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(decays))
     assert decays[-1] == 0.99
     assert ema_decay(5, 0.0) == 0
     # What is left of the random first weights: nothing that counts after a tenth of its horizon.

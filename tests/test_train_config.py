@@ -114,7 +114,7 @@ def test_faults_are_one_line_that_names_the_key(toml: Path, override: str, messa
 @pytest.mark.parametrize("content", [b"steps = = 3", b"\xff\xfe", b"[a]\n[a]"])
 def test_a_file_that_is_no_toml(toml: Path, content: bytes) -> None:
     toml.write_bytes(content)
-    with pytest.raises(UserError, match="train.toml: not valid TOML"):
+    with pytest.raises(UserError, match=r"train\.toml: not valid TOML"):
         load_train_config(toml)
 
 

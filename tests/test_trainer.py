@@ -91,7 +91,7 @@ def uninterrupted(
     """The end of the six steps of the tiny run (with Muon, which has the most state), and its metrics."""
     output = tmp_path_factory.mktemp("uninterrupted")
     last = train(load_train_config(toml, [*MUON, f"output={output}"]))
-    yield state(last), losses_of(output)
+    return state(last), losses_of(output)
 
 
 # --- learning ---
@@ -272,8 +272,9 @@ def test_two_processes_equal_one(config: MakeConfig, toml: Path, tmp_path: Path,
     overrides = [*MUON, "batch_size=7", "steps=4", "optimizer.muon_learning_rate=0.01"]
     one = train(config(*overrides, output="one"))
     (tmp_path / "run.py").write_text(LAUNCHED)
-    command = [sys.executable, str(launcher), "-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--",
-               sys.executable, str(tmp_path / "run.py"), str(toml), *overrides, f"output={tmp_path / 'two'}"]  # fmt: skip
+    launch = [str(launcher), "-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
+    script = [str(tmp_path / "run.py"), str(toml), *overrides, f"output={tmp_path / 'two'}"]
+    command = [sys.executable, *launch, sys.executable, *script]
     # stdin stays open: the launcher reads it without end, and takes all of a core when there is nothing to read
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
@@ -505,7 +506,6 @@ def test_ctrl_c_in_the_middle_of_a_step(
 ) -> None:
     """The optimiser is a step ahead of the weights while a step is under way: that must not be saved."""
     run = config(*MUON, "save_every=100")
-    monkeypatch.setattr(signal, "getsignal", lambda s: signal.default_int_handler)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = Trainer(run)
     original = getattr(trainer.step, where)

@@ -102,7 +102,7 @@ class Step:
     ) -> tuple[Tree, Tree, mx.array]:
         # By name: the trees' own order changes with a resume and from process to process, and with it the last
         # bit of the norm.
-        gradients = tree_unflatten(sorted(tree_flatten(gradients, destination={}).items()))
+        gradients = tree_unflatten(sorted(dict(tree_flatten(gradients)).items()))
         limit = self._config.optimizer.clip
         gradients, norm = optim.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
         weights = self._optimizer.apply_gradients(gradients, weights)
