@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it loads a BLAS)
+
 import json
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -46,7 +49,7 @@ def measure(workload: Workload) -> dict[str, Any]:
         "passes": {PICTURE: 2 + 2 * SAMPLERS[SAMPLER].evaluations(workload.steps)},
         "versions": {
             "mlx-transfusion": __version__,
-            "mlx": mx.__version__,
+            "mlx": version("mlx"),
             "BLAS": blas_in_use().split(":")[0],
         },
     }
