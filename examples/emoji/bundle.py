@@ -5,6 +5,8 @@ Takes the EMA weights of the checkpoint, stored in half precision, with their co
 
 from __future__ import annotations
 
+import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it loads a BLAS)
+
 import argparse
 from pathlib import Path
 
