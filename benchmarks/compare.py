@@ -46,7 +46,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from report import THEIRS, ratios, table
+from report import THEIRS, ratios, table, verdicts
 from workload import Workload
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,8 @@ OURS = {
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                     "VECLIB_MAXIMUM_THREADS")  # fmt: skip
 BUSY = 0.5
-"""Load of the machine above which a run is not worth much."""
+"""Load of the machine, averaged over a minute, above which a run shows that the parts work and no more."""
+NO_VERDICT = "The machine was busy with something else, so these numbers do not count."
 
 
 def main() -> int:
@@ -69,7 +70,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     say(f"{options.rounds} rounds with {options.threads} threads; load of this machine before: {load:.2f}")
     if load > BUSY:
-        say("warning: the machine is busy with something else, so these numbers do not count")
+        say(f"warning: {NO_VERDICT}")
     rounds = []
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
@@ -78,7 +79,7 @@ def main() -> int:
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     for peer, result in rounds[0].items():
         print(f"{peer}: {json.dumps({k: result[k] for k in ('versions', 'positions', 'passes')})}")
-    print(f"\n{table(rounds)}")
+    print(f"\n{table(rounds)}\n\n{verdicts(rounds) if load <= BUSY else NO_VERDICT}")
     if options.output is not None:
         write(options.output, {"machine": facts, "ratios": plain(rounds), "rounds": rounds})
     return 0

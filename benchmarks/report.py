@@ -66,7 +66,7 @@ def ratios(rounds: Rounds) -> dict[str, dict[str, Summary]]:
 
 
 def table(rounds: Rounds) -> str:
-    """The report in Markdown: one line for each measurement and peer, then whether the goals are reached."""
+    """The report in Markdown: one line for each measurement and peer."""
     lines = [
         "| measurement | peer | parameters | seconds: median (lowest to highest round) | times as fast |",
         "|---|---|---|---|---|",
@@ -78,16 +78,20 @@ def table(rounds: Rounds) -> str:
                 time = summary(seconds(rounds, peer, name)).text(3, "")
                 speed = found[kind][peer].text(2, "x") if peer in found[kind] else _mark(rounds, name, kind)
                 lines.append(f"| {name} | {peer} | {result['parameters']:,} | {time} | {speed} |")
-    goals = [_goal(kind, summaries) for kind, summaries in found.items()]
-    return "\n".join([*lines, "", *goals])
+    return "\n".join(lines)
 
 
 def _mark(rounds: Rounds, name: str, kind: str) -> str:
     return "1 (the peer's fastest way)" if name == fastest(rounds, THEIRS, kind) else ""
 
 
-def _goal(kind: str, summaries: Mapping[str, Summary]) -> str:
-    """Judged by our first peer, which is the paper's model."""
-    peer, speed = next(iter(summaries.items()))
-    verdict = "reached" if speed.middle >= GOALS[kind] else "NOT reached"
-    return f"{kind}: {peer} is {speed.text(2, 'x')} as fast; the goal of {GOALS[kind]:g}x is {verdict}."
+def verdicts(rounds: Rounds) -> str:
+    """Whether the goals are reached, judged by our first peer, which is the paper's model."""
+    lines = []
+    for kind, summaries in ratios(rounds).items():
+        peer, speed = next(iter(summaries.items()))
+        verdict = "reached" if speed.middle >= GOALS[kind] else "NOT reached"
+        lines.append(
+            f"{kind}: {peer} is {speed.text(2, 'x')} as fast; the goal of {GOALS[kind]:g}x is {verdict}."
+        )
+    return "\n".join(lines)

@@ -99,7 +99,8 @@ def test_the_report(rounds: list[Any]) -> None:
         "| guided picture, sample_many | transfusion-pytorch | 3,000 | 10.000 (10.000 to 20.000) "
         "| 1 (the peer's fastest way) |",
         "| guided picture | mlx-transfusion, wide | 2,999 | 4.000 (4.000 to 8.000) | 2.50x (2.50 to 2.50) |",
-        "",
+    ]
+    assert report.verdicts(rounds).splitlines() == [
         "training step: mlx-transfusion is 3.00x (2.50 to 4.00) as fast; the goal of 2x is reached.",
         "guided picture: mlx-transfusion is 5.00x (5.00 to 5.00) as fast; the goal of 5x is reached.",
     ]
@@ -108,12 +109,13 @@ def test_the_report(rounds: list[Any]) -> None:
 def test_a_missed_goal_is_said(rounds: list[Any]) -> None:
     for each in rounds:
         each[OURS]["seconds"]["guided picture"] = [2.5]
-    assert "4.00x (4.00 to 8.00) as fast; the goal of 5x is NOT reached." in report.table(rounds)
+    assert "4.00x (4.00 to 8.00) as fast; the goal of 5x is NOT reached." in report.verdicts(rounds)
 
 
-def test_a_whole_run(rounds: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("load", [0.1, 3.0])
+def test_a_whole_run(rounds: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float,
                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Peers take turns, and everything that is printed is in the file."""
+    """Peers take turns, the file has the timings, and a busy machine gets no verdict."""
     started: list[tuple[str, str]] = []
 
     def run(command: list[str], threads: int) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def test_a_whole_run(rounds: list[Any], tmp_path: Path, monkeypatch: pytest.Monk
         return answer
 
     monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare.os, "getloadavg", lambda: (load, 0.0, 0.0))
     file = tmp_path / "results.json"
     arguments = ["--rounds", "2", "--threads", "3", "--output", str(file), "--peer-python", "other"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
@@ -133,7 +136,10 @@ def test_a_whole_run(rounds: list[Any], tmp_path: Path, monkeypatch: pytest.Monk
     assert written["machine"]["threads"] == 3
     assert [each["transfusion-pytorch"]["parameters"] for each in written["rounds"]] == [3_000, 3_000]
     assert written["ratios"]["guided picture"][OURS] == {"middle": 5.0, "low": 5.0, "high": 5.0}
-    assert report.table(written["rounds"]) in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert report.table(written["rounds"]) in printed.out
+    assert (report.verdicts(written["rounds"]) in printed.out) == (load < 1)
+    assert (compare.NO_VERDICT in printed.out and compare.NO_VERDICT in printed.err) == (load > 1)
 
 
 def test_a_worker_that_fails_ends_the_run_with_its_complaint() -> None:
