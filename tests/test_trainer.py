@@ -696,6 +696,15 @@ def test_an_output_that_cannot_be_written(config: MakeConfig, tmp_path: Path) ->
         train(config(output="file/out"))
 
 
+def test_samples_that_cannot_be_written(config: MakeConfig) -> None:
+    run = config("steps=2", "sample.every=1", "sample.prompts=['red']")
+    output = Path(run.output)
+    output.mkdir()
+    (output / "samples").write_text("in the way")
+    with pytest.raises(UserError, match=r"step-00000001\.png: cannot write the picture"):
+        train(run)
+
+
 def test_bad_rows_are_skipped_and_counted(
     config: MakeConfig, toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -765,6 +774,19 @@ def test_start_from_a_model_folder(
         Trainer(config(f"init={tiny_model_dir}"))
     with pytest.raises(UserError):
         Trainer(config(f"init={tmp_path}"))
+
+
+def test_resuming_needs_no_start(config: MakeConfig, two_steps: Path, tmp_path: Path) -> None:
+    """The model that a run started from may be gone when the run goes on."""
+    (first,) = ckpt.checkpoints(two_steps / "checkpoints")
+    start = shutil.copytree(first, tmp_path / "start")
+    run = config(f"init={start}", "steps=3")
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            train(run)
+    shutil.rmtree(start)
+    assert train(run).name == "step-00000003"
 
 
 def test_half_precision_weights_are_trained_in_float32(

@@ -58,7 +58,8 @@ class Trainer:
             )
         self.output = Path(config.output)
         self.tokenizer = Tokenizer.load(config.tokenizer)
-        self.model = _new_model(config, self.tokenizer)
+        begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
+        self.model = _new_model(config, self.tokenizer, None if begun else config.init)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
             "data": config.data,
@@ -249,9 +250,8 @@ class Trainer:
         from mlx_transfusion.training.preview import paint_grid
 
         self.model.update(self.state.ema)
-        folder = self.output / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        paint_grid(self.model, self.tokenizer, self.config.sample, folder / f"step-{self.state.step:08d}.png")
+        file = self.output / "samples" / f"step-{self.state.step:08d}.png"
+        paint_grid(self.model, self.tokenizer, self.config.sample, file)
         self.model.update(self.state.weights)
 
     def _save(self) -> Path:
@@ -282,8 +282,8 @@ def train(config: TrainConfig, resume: bool = True) -> Path:
     return trainer.run()
 
 
-def _new_model(config: TrainConfig, tokenizer: Tokenizer) -> Transfusion:
-    """Random weights from the seed, or those of `config.init`."""
+def _new_model(config: TrainConfig, tokenizer: Tokenizer, init: str | None) -> Transfusion:
+    """Random weights from the seed, or those of the model `init`, which must be of the same shape."""
     special = {
         f"{name}_token_id": getattr(tokenizer.special, name)
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
@@ -291,14 +291,14 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer) -> Transfusion:
     shape = model_config(config, tokenizer.vocab_size, special)
     mx.random.seed(config.seed)
     model = Transfusion(shape)
-    if config.init is not None:
+    if init is not None:
         from mlx_transfusion.model_io import load
 
-        start = load(config.init, dtype=mx.float32).model  # stored in half precision perhaps
+        start = load(init, dtype=mx.float32).model  # stored in half precision perhaps
         theirs, ours = start.config.to_dict(), shape.to_dict()
         if differs := [key for key in ours if theirs[key] != ours[key]]:
             raise UserError(
-                f"init {config.init}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
+                f"init {init}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
                 f"{ours[differs[0]]}"
             )
         model.update(start.parameters())
