@@ -771,9 +771,9 @@ def test_start_from_a_model_folder(
     with pytest.raises(
         UserError, match=r"init .*tiny: its intermediate_size is 64, \[model\] of this run says 48"
     ):
-        Trainer(config(f"init={tiny_model_dir}"))
+        Trainer(config(f"init={tiny_model_dir}", output="other"))
     with pytest.raises(UserError):
-        Trainer(config(f"init={tmp_path}"))
+        Trainer(config(f"init={tmp_path}", output="other"))
 
 
 def test_resuming_needs_no_start(config: MakeConfig, two_steps: Path, tmp_path: Path) -> None:
