@@ -6,6 +6,8 @@ import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it l
 
 import dataclasses
 import io
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,13 @@ from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.model_io import flat_parameters, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer, train_sentencepiece
+
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    # A shell starts background jobs deaf to Ctrl-C, and every process that a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ["red", "green", "blue", "heart", "star", "moon", "cat", "dog", "face", "hand", "happy", "sad", "big"]
 
