@@ -340,6 +340,27 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert [p.name for p in ckpt.checkpoints(last.parent)] == ["step-00000004", "step-00000006"]
 
 
+def test_clipping_and_its_absence(config: MakeConfig) -> None:
+    """The limit scales a long gradient down to it, leaves a short one alone, and 0 switches it off."""
+    steps = {}
+    for clip in ("0.0", "1e9", "1.0", "2.0"):
+        # A huge eps takes Adam's normalisation away: its first step is the gradient times lr / eps.
+        trainer = Trainer(
+            config(f"optimizer.clip={clip}", "optimizer.eps=1e6", "optimizer.weight_decay=0.0", "ema=0.0")
+        )
+        trainer.optimizer.learning_rate = 1e5
+        w = trainer.state.weights
+        gradients = tree_map(lambda v: mx.random.normal(v.shape, key=mx.random.key(v.size)), w)
+        after, _, norm = trainer.step.update(gradients, w, trainer.state.ema, 0.0)
+        moved = tree_map(lambda a, b: a - b, after, w)
+        steps[clip] = np.sqrt(sum(float(v.square().sum()) for v in dict(tree_flatten(moved)).values()))
+        assert norm.item() > 20
+    assert steps["0.0"] == steps["1e9"]
+    assert steps["0.0"] == pytest.approx(0.1 * norm.item(), rel=1e-3)
+    assert steps["1.0"] == pytest.approx(0.1, rel=1e-3)
+    assert steps["2.0"] == pytest.approx(0.2, rel=1e-3)
+
+
 def reordered(tree: Any) -> Any:
     """The same tree, every dictionary filled the other way round: so it may come out of a file or a set."""
     if isinstance(tree, dict):
