@@ -443,11 +443,37 @@ main(["train", sys.argv[1], *(part for item in sys.argv[2:] for part in ("--set"
 """
 
 
-def start(toml: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`mlx-transfusion train` in a process of its own."""
+SLOWLY = """
+import time
+from mlx_transfusion.training.trainer import Trainer
+after_step = Trainer._after_step
+Trainer._after_step = lambda self, *args: (after_step(self, *args), time.sleep(0.3))[0]
+"""
+
+WAITING = """
+import time
+from mlx_transfusion.training.interrupt import Interrupt
+from mlx_transfusion.training.trainer import Trainer
+heard, note, after_step = [], Interrupt._note, Trainer._after_step
+
+def hear(self, *args):
+    heard.append(1)
+    note(self, *args)
+
+def wait(self, *args):
+    after_step(self, *args)
+    while self.state.step == 2 and self.group.rank() == self.group.size() - 1 and not heard:
+        time.sleep(0.01)
+
+Interrupt._note, Trainer._after_step = hear, wait
+"""
+
+
+def start(before: str, toml: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    """`mlx-transfusion train` in a process of its own, after the lines `before`."""
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(toml), *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        [sys.executable, "-c", before + RUN, str(toml), *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables,
     )  # fmt: skip
 
 
@@ -469,7 +495,7 @@ def test_sigkill_at_random_moments(
     launches = [*MUON, "save_every=1", f"output={output}"]
     killed = 0
     for k in range(4):
-        process = start(toml, *launches)
+        process = start(SLOWLY, toml, *launches)
         done = len(ckpt.checkpoints(folder)) and ckpt.checkpoints(folder)[-1].name
 
         def progressed(done: Any = done) -> bool:
@@ -502,23 +528,41 @@ def test_ctrl_c_saves_the_step_in_hand_and_exits_130(
 ) -> None:
     output = tmp_path / "out"
     overrides = [*MUON, "save_every=100", f"output={output}"]
-    slow = "import time; from mlx_transfusion.training.trainer import Trainer as T; f = T._after_step\n"
-    slow += "T._after_step = lambda self, *a: (f(self, *a), time.sleep(0.3))[0]\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow + RUN, str(toml), *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+    process = start(WAITING, toml, *overrides)
     log = output / "metrics.jsonl"
-    wait_for(process, lambda: log.exists() and log.read_text().count("\n") >= 2)
+    wait_for(process, lambda: log.exists() and log.read_text().count("\n") == 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     (saved,) = ckpt.checkpoints(output / "checkpoints")
-    assert 2 <= ckpt.read_record(saved)["step"] < 6
+    assert ckpt.read_record(saved)["step"] == 3
     last = train(load_train_config(toml, overrides))
     assert_same(uninterrupted[0], state(last))
     assert losses_of(output) == uninterrupted[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_one_of_two_processes_stops_both(toml: Path, tmp_path: Path) -> None:
+    """They agree on the step after which they stop: one alone would leave the other waiting for its gradients."""
+    port = free_ports()
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(2)]))
+    overrides = [*MUON, "save_every=100", f"output={tmp_path / 'out'}"]
+    pair = [start(WAITING, toml, *overrides, MLX_RANK=str(r), MLX_HOSTFILE=str(hosts)) for r in range(2)]
+    try:
+        log = tmp_path / "out" / "metrics.jsonl"
+        wait_for(pair[1], lambda: log.exists() and log.read_text().count("\n") == 2)
+        pair[1].send_signal(signal.SIGINT)
+        for process in pair:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 130, err
+            assert "Traceback" not in err
+    finally:
+        for process in pair:
+            process.kill()
+    (saved,) = ckpt.checkpoints(tmp_path / "out" / "checkpoints")
+    assert ckpt.read_record(saved)["step"] == 3
 
 
 @pytest.mark.parametrize("where", ["gradients", "update"])
