@@ -13,7 +13,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 VARIABLE = "MLX_TRANSFUSION_BLAS"
 SYMBOL = "cblas_sgemm"
@@ -106,33 +105,6 @@ def blas_in_use() -> str:
     if _is_reference(path):
         return f"reference BLAS (slow): {path}"
     return f"{_product(path) or 'BLAS of an unknown make'}: {path}"
-
-
-def thread_count() -> int:
-    """Threads of the OpenBLAS that serves; 0 where there is none."""
-    library = ctypes.CDLL(None)
-    found = sys.platform.startswith("linux") and hasattr(library, "openblas_get_num_threads")
-    return library.openblas_get_num_threads() if found else 0
-
-
-def set_thread_count(threads: int) -> None:
-    """Give OpenBLAS that many threads; 0, as from `thread_count` without OpenBLAS, changes nothing."""
-    if threads:
-        ctypes.CDLL(None).openblas_set_num_threads(threads)
-
-
-@contextmanager
-def same_threads() -> Iterator[None]:
-    """Leave OpenBLAS with as many threads as before: mlx-data sets it to one, and does not always undo that.
-
-    Its pools of threads save the number and restore it, and saves race: where one saw the other's one, every
-    matrix product from then on runs on one core. A late one can still win; a long run sets the number again.
-    """
-    threads = thread_count()
-    try:
-        yield
-    finally:
-        set_thread_count(threads)
 
 
 def _candidates() -> Iterator[str]:

@@ -144,26 +144,24 @@ def test_a_preloaded_blas_is_left_in_place(system_blas: str) -> None:
 
 
 @on_linux
-def test_openblas_keeps_its_threads_whatever_happens_between(system_blas: str) -> None:
+def test_reading_pictures_leaves_openblas_its_threads(system_blas: str, tmp_path: Path) -> None:
     if "openblas" not in system_blas:
         pytest.skip("only OpenBLAS has its threads changed")
-    # mlx-data sets one thread and, depending on the order in which its own threads end, leaves it so.
-    code = """
+    # The thread pools of mlx-data set one thread and may leave it so.
+    code = f"""
 import ctypes, mlx_transfusion
-from mlx_transfusion.blas import same_threads
+from pathlib import Path
+from PIL import Image
+from mlx_transfusion.training.image_store import ImageFolder, ImageRef
+from mlx_transfusion.training.pixels import load_pixels
 library = ctypes.CDLL(None)
 library.openblas_set_num_threads(2)
-with same_threads():
-    library.openblas_set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+Image.new("RGB", (8, 8)).save(folder / "a.png")
+print(load_pixels([ImageRef(ImageFolder(folder), "a.png")] * 8, 4, 4, threads=3).shape)
 print(library.openblas_get_num_threads())
-try:
-    with same_threads():
-        library.openblas_set_num_threads(1)
-        raise KeyError
-except KeyError:
-    print(library.openblas_get_num_threads())
 """
-    assert run(code)[0].split() == ["2", "2"]
+    assert run(code)[0].splitlines() == ["(8, 4, 4, 3)", "2"]
 
 
 @pytest.mark.skipif(LINUX, reason="for the systems where nothing is loaded")

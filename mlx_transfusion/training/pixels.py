@@ -1,6 +1,6 @@
 """Image files -> uint8 pixels of one size, on several threads, in the caller's order.
 
-mlx-data gives the threads and the order. Decoding and resizing are Pillow's, inside a key_transform, because
+mlx-data carries the samples; decoding and resizing are Pillow's, inside a key_transform, because
 mlx-data 0.1 drops the alpha channel without compositing it, gives one channel for gray images, cannot read
 WebP, and its resize aliases when it shrinks (64 -> 32 is up to 69 levels away from the mean of 2x2 pixels).
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from mlx_transfusion.blas import same_threads
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.image_store import IMAGE_FORMATS, ImageRef
 
@@ -83,8 +83,8 @@ def load_pixels(
     problems: dict[int, str] = {}
 
     def load(index: np.ndarray) -> np.ndarray:
-        # Messages are carried out by hand: an exception in a thread of mlx-data aborts the process behind
-        # some of its prefetchers, and the first in time need not be the first in order.
+        # Messages are carried out by hand: mlx-data gives exceptions another type, and the first in time need
+        # not be the first in order.
         i = int(index)
         try:
             return fit(decode_image(refs[i].read(), str(refs[i])), height, width)
@@ -99,25 +99,15 @@ def load_pixels(
 
 
 def _in_order(load: Callable[[np.ndarray], np.ndarray], count: int, threads: int) -> list[np.ndarray]:
-    """load(0), load(1) ... load(count - 1), computed on `threads` threads of mlx-data."""
+    """load(0), load(1) ... load(count - 1), computed on `threads` threads."""
     import mlx.data  # late: reading rows and help texts needs no pipeline
 
-    indices = mlx.data.buffer_from_vector([{"image": i} for i in range(count)])  # type: ignore[attr-defined]
-    # ordered_prefetch, never Stream.prefetch: the latter gives samples out of order. Not more than `count`
-    # ahead: then mlx-data 0.1 starts all over at the end, and its threads outlive the loop.
-    stream = indices.key_transform("image", load).ordered_prefetch(min(2 * threads, count), threads)
-    results = []
-    with same_threads():
-        try:
-            for (
-                sample
-            ) in stream:  # a plain loop: a comprehension's own frame would keep the stream, see below
-                results.append(sample["image"])
-        finally:
-            # Here and now, also after Ctrl-C: the stream's destructor joins its threads. Left to the frames of
-            # a traceback and the garbage collector it may run on one of those threads, which aborts the process.
-            del stream
-    return results
+    buffer = mlx.data.buffer_from_vector([{"image": i} for i in range(count)])  # type: ignore[attr-defined]
+    buffer = buffer.key_transform("image", load)
+    # Python's threads, not mlx-data's: the pools behind the prefetches of mlx-data 0.1 now and then wait for
+    # ever, abort the process when a stream dies on one of their own threads, and leave OpenBLAS with one thread.
+    with ThreadPoolExecutor(threads) as pool:
+        return [sample["image"] for sample in pool.map(buffer.__getitem__, range(count))]
 
 
 def flip(pixels: np.ndarray, flips: Sequence[bool] | None) -> np.ndarray:

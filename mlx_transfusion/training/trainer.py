@@ -19,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_transfusion import blas
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
@@ -119,13 +118,12 @@ class Trainer:
     def _loop(
         self, loader: ThreadPoolExecutor, interrupt: Interrupt, progress: Progress, log: MetricsLog | None
     ) -> None:
-        steps, threads = self.config.steps, blas.thread_count()
+        steps = self.config.steps
         ahead: Future[Loaded] | None = None
         while self.state.step < steps:
             n = self.state.step
             loaded = ahead.result() if ahead else self._load(n)
             ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
-            blas.set_thread_count(threads)  # see blas.same_threads
             stop = self._train_step(loaded, interrupt, progress, log)
             self._after_step(progress, log)
             if stop:
