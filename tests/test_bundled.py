@@ -39,7 +39,7 @@ def test_it_paints_what_captions_say(report: dict[str, Any]) -> None:
 
 
 def test_it_describes_pictures(report: dict[str, Any]) -> None:
-    assert report["descriptions"]["train"]["right"]["rate"] >= 0.3
+    assert report["descriptions"]["train"]["variant"]["rate"] >= 0.3
 
 
 def test_captions_guide_it_at_full_noise(report: dict[str, Any]) -> None:

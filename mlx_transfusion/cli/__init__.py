@@ -47,15 +47,24 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _reader_has_gone()
+    except SystemExit as stop:
+        # click's own answer to a closed pipe is exit code 1
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _reader_has_gone()
+        raise
     except Exception as error:
         # Bad flags: click's exceptions, whose classes typer has moved from one version to the next.
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message())
     return code if isinstance(code, int) else 0
+
+
+def _reader_has_gone() -> int:
+    # Python would complain again when it flushes at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def _fail(message: str) -> int:
