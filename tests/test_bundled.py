@@ -39,7 +39,10 @@ def test_it_paints_what_captions_say(report: dict[str, Any]) -> None:
 
 
 def test_it_describes_pictures(report: dict[str, Any]) -> None:
-    assert report["descriptions"]["train"]["variant"]["rate"] >= 0.3
+    descriptions = report["descriptions"]["train"]
+    # 39% of 200 with their very own caption, short of the half that was aimed at; 61% counting variants.
+    assert descriptions["right"]["rate"] >= 0.2
+    assert descriptions["variant"]["rate"] >= 0.45
 
 
 def test_captions_guide_it_at_full_noise(report: dict[str, Any]) -> None:

@@ -80,7 +80,6 @@ class MLP(nn.Module):
 
 
 def _relu(x: mx.array) -> mx.array:
-    # As a product, not a maximum: the CPU backend's gradient of `maximum` takes ten times as long.
     return x * (x > 0)
 
 

@@ -17,8 +17,9 @@ Tree = Any
 def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
     """AdamW with bias correction, or Muon for the decoder's matrices beside AdamW for everything else.
 
-    Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix. On the emoji it reached in 300 steps what
-    AdamW had not in 420 of the same batch. Embeddings, head, patch layers and norms stay with AdamW.
+    Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix. In one trial on the emoji it
+    got further in 300 steps than AdamW in 420 (examples/emoji/README.md).
+    Embeddings, head, patch layers and norms stay with AdamW.
     """
     adamw = optim.AdamW(
         config.learning_rate,
