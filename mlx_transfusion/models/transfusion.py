@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import numpy as np
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.layers import Block, Mask
+from mlx_transfusion.models.layers import Block, KeysValues, Mask
 from mlx_transfusion.models.patches import (
     AngleEmbedding,
     PatchDecoder,
@@ -79,15 +80,45 @@ class Transfusion(nn.Module):
             angle = self.angle_embedding(batch.angle)
             tokens = self._patch_tokens(batch.patches, angle).reshape(m * n, -1)
             x = mx.where(batch.is_image, tokens[batch.patch_row], x)
-        for layer in self.layers:
-            run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
-            x, _ = run(x, batch.mask)
-        x = self.norm(x).reshape(-1, x.shape[-1])
+        hidden, _ = self._run(x, batch.mask, 0, [None] * len(self.layers))
+        x = hidden.reshape(-1, hidden.shape[-1])
         logits = self.lm_head(x[batch.text_index])
         if not m:
             return logits, batch.patches
-        hidden = x[batch.patch_index].reshape(m, n, -1)
-        return logits, self.patch_decoder(hidden, batch.patches, angle)
+        patches = x[batch.patch_index].reshape(m, n, -1)
+        return logits, self.patch_decoder(patches, batch.patches, angle)
+
+    # ---- distillation: the same passes on plain arrays, differentiable and of fixed shape ------------------------
+
+    def read_prefix(self, ids: mx.array) -> tuple[mx.array, list[KeysValues]]:
+        """Read prompts [M, S] that are padded on the right.
+
+        Returns the final hidden states [M, S, D] and each layer's keys and values. Padding comes last and is
+        invisible to what stands before it; `paint` must be told not to look at it.
+        """
+        return self._run(self.embed_tokens(ids), "causal", 0, [None] * len(self.layers))
+
+    def paint(self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array) -> mx.array:
+        """The network's prediction [M, N, P] for noisy patches [M, N, P] at angles [M], behind a read prefix.
+
+        lengths int [M] counts the prefix's real tokens. The prefix cannot see the picture, so it does not depend
+        on `x` and `angle`: it may be shared by a value, its derivative along the trajectory, and its gradient.
+        """
+        embedded = self.angle_embedding(angle)
+        n, columns = x.shape[1], prefix[0][0].shape[2]
+        seen = mx.arange(columns) < lengths[:, None]
+        mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
+        hidden, _ = self._run(self._patch_tokens(x, embedded), mask, lengths, prefix)
+        return self.patch_decoder(hidden, x, embedded)
+
+    def cos_velocity(
+        self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array
+    ) -> mx.array:
+        """cos(angle) times the TrigFlow velocity [M, N, P], as `paint`: exact for either prediction."""
+        out, per_patch = self.paint(x, angle, prefix, lengths), angle[:, None, None]
+        if self.config.prediction == "velocity":
+            return mx.cos(per_patch) * out
+        return trigflow.cos_velocity_from_eps(x, out, per_patch)
 
     # ---- generation: the interface every image-making family offers ---------------------------------------------
 
@@ -153,14 +184,21 @@ class Transfusion(nn.Module):
 
     def _decode_tokens(self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None) -> mx.array:
         """Run the decoder on new token vectors [B, T, D]; `store` (which of them are real) puts them in the cache."""
-        offset = cache.offset()
-        added = []
-        for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, new = layer(x, mask, offset, past)
-            added.append(new)
+        hidden, added = self._run(x, mask, cache.offset(), cache.layers)
         if store is not None:
             cache.append(added, store)
-        return self.norm(x)
+        return hidden
+
+    def _run(
+        self, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
+    ) -> tuple[mx.array, list[KeysValues]]:
+        """The decoder on token vectors [B, T, D] behind `past`: final hidden states, and new keys and values."""
+        added = []
+        for layer, before in zip(self.layers, past, strict=True):
+            run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
+            x, new = run(x, mask, offset, before)
+            added.append(new)
+        return self.norm(x), added
 
 
 def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:
