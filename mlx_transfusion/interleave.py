@@ -21,7 +21,7 @@ from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.painting import paint_after, prefill
 from mlx_transfusion.records import completion_record
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 from mlx_transfusion.text_stream import TextStream
 from mlx_transfusion.text_to_image import check_pictures, guide_prefix, step_reporter, to_uint8
 from mlx_transfusion.token_sampling import sample_token
@@ -43,13 +43,16 @@ def complete(
 
     prompt: a text, or segments: texts are str, images anything else of ImageLike (a file as a Path). on_step
     is called while a picture is painted, where a generator cannot yield. Raises UserError, before anything is
-    written, for bad settings and for a prompt that is empty or leaves no room.
+    written, for bad settings, for those that this model cannot paint with (where it may paint), and for a
+    prompt that is empty or leaves no room.
     """
-    settings.check()
     if settings.max_images:
+        resolved = settings.for_model(loaded.extra, loaded.name)
         check_pictures(loaded)
+    else:
+        resolved = settings.resolve()
     segments: list[str | ImageLike] = [prompt] if isinstance(prompt, str) else list(prompt)
-    document = _Document(loaded, segments, seed, settings, on_step)
+    document = _Document(loaded, segments, seed, resolved, on_step)
     return document.run()
 
 
@@ -73,7 +76,7 @@ class _Document:
         loaded: Loaded,
         segments: list[str | ImageLike],
         seed: int,
-        settings: GenerationSettings,
+        settings: ResolvedSettings,
         on_step: OnStep | None,
     ) -> None:
         self.loaded, self.model, self.config = loaded, loaded.model, loaded.config

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from mlx_transfusion.errors import UserError
 
-BUNDLED = "emoji"
-"""Name of the model that comes with the package."""
+BUNDLED = ("emoji", "emoji-2step")
+"""Models that come with the package, each the folder bundled/NAME: a diffusion model and its 2-step student."""
+
+DEFAULT_MODEL = "emoji"
+"""The one of them that is used when none is named."""
 
 CONFIG_FILE = "config.json"
 
@@ -22,35 +25,35 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(name: str | os.PathLike[str] | None) -> Path:
     """The folder of a model.
 
-    name: None or "emoji" (bundled), a folder (one that exists wins), or "org/name" of the
+    name: None (DEFAULT_MODEL), a name of BUNDLED, a folder (one that exists wins), or "org/name" of the
     Hugging Face hub, which is downloaded once. Raises UserError when there is no such model.
     """
-    text = BUNDLED if name is None else os.fspath(name)
+    text = DEFAULT_MODEL if name is None else os.fspath(name)
     path = Path(text).expanduser()
     if path.exists():
         return _checked(path)
-    if text == BUNDLED:
-        return _bundled()
+    if text in BUNDLED:
+        return _bundled(text)
     if not _HUB_ID.fullmatch(text) or text.startswith("."):
         raise UserError(
             f'model "{text}" does not exist: give a model folder, "org/name" of the Hugging Face hub, '
-            f'or "{BUNDLED}", the bundled model'
+            f"or a bundled model: {', '.join(BUNDLED)}"
         )
     return _checked(_download(text))
 
 
 def display_name(name: str | os.PathLike[str] | None, path: Path) -> str:
     """A model's name for people and for the settings in a picture: no folders of this machine in it."""
-    if name is None or os.fspath(name) == BUNDLED:
-        return BUNDLED
+    if name is None:
+        return DEFAULT_MODEL
     return os.fspath(name) if not Path(name).exists() else path.resolve().name
 
 
-def _bundled() -> Path:
-    path = Path(str(resources.files("mlx_transfusion") / "bundled" / BUNDLED))
+def _bundled(name: str) -> Path:
+    path = Path(str(resources.files("mlx_transfusion") / "bundled" / name))
     if not (path / CONFIG_FILE).is_file():
         raise UserError(
-            f'the bundled model "{BUNDLED}" is missing from this installation: install the package again, '
+            f'the bundled model "{name}" is missing from this installation: install the package again, '
             "or name another model with --model"
         )
     return path

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_transfusion import noise, sampling, trigflow
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.transfusion import Transfusion
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
 START_STREAM, STEP_STREAM = "generate/start", "generate/step"
 """Noise of picture k of a document at its seed: index k of the first, (k, step) of the second (noise.py)."""
@@ -33,16 +33,18 @@ def paint(
 ) -> mx.array:
     """Paint one picture after each prefix: B prefixes that end in BOI, B seeds -> clean patches [B, N, P].
 
-    negative_ids: the prefix that guidance leads away from, BOS BOI when None. callback(step, steps, x, x0)
-    after every step. A picture depends on its own prefix and seed only. Raises UserError for bad settings.
+    settings: what they leave open is a diffusion model's, for the weights alone do not tell their objective;
+    callers that know it pass `GenerationSettings.for_model`. negative_ids: the prefix that guidance leads
+    away from, BOS BOI when None. callback(step, steps, x, x0) after every step. A picture depends on its own
+    prefix and seed only. Raises UserError for bad settings.
     """
-    settings.check()
+    resolved = settings.resolve()
     cache = prefill(model, prefix_ids)
     guide = None
-    if settings.guidance != 1:
+    if resolved.guidance != 1:
         c = model.config
         guide = prefill(model, [negative_ids or [c.bos_token_id, c.boi_token_id]])
-    return paint_after(model, cache, seeds, settings, guide=guide, callback=callback)
+    return paint_after(model, cache, seeds, resolved, guide=guide, callback=callback)
 
 
 def prefill(model: Transfusion, prefix_ids: Sequence[Sequence[int]]) -> KVCache:
@@ -72,7 +74,7 @@ def paint_after(
     model: Transfusion,
     cache: KVCache,
     seeds: Sequence[int],
-    settings: GenerationSettings,
+    settings: ResolvedSettings,
     *,
     guide: KVCache | None = None,
     picture: int = 0,
@@ -100,15 +102,20 @@ def _stack(arrays: list[np.ndarray]) -> mx.array:
     return mx.array(np.stack(arrays))
 
 
-def _angles(model: Transfusion, settings: GenerationSettings) -> list[float]:
-    """The angles of a run; one of a network that predicts eps starts half a step below the useless pi/2."""
-    steps = settings.steps_in_use
-    start = trigflow.NOISE_ANGLE * (1.0 if model.config.prediction == "velocity" else 1 - 0.5 / steps)
-    return sampling.angle_schedule(steps, start, settings.spacing)
+def _angles(model: Transfusion, settings: ResolvedSettings) -> list[float]:
+    """The angles of a run; one of a network that predicts eps starts below pi/2, where eps is useless.
+
+    That is half a step below, or, where the first step is the whole way, where eps is of use at last.
+    """
+    from_noise = model.config.prediction == "velocity"
+    if settings.angles is not None:
+        return [trigflow.NOISE_ANGLE if from_noise else trigflow.MAX_EPS_ANGLE, *settings.angles, 0.0]
+    start = trigflow.NOISE_ANGLE * (1.0 if from_noise else 1 - 0.5 / settings.steps)
+    return sampling.angle_schedule(settings.steps, start, settings.spacing)
 
 
 def _guided_velocity(
-    model: Transfusion, cache: KVCache, guide: KVCache | None, settings: GenerationSettings
+    model: Transfusion, cache: KVCache, guide: KVCache | None, settings: ResolvedSettings
 ) -> sampling.Velocity:
     """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active."""
     guidance = sampling.Guidance(settings.guidance, settings.guidance_interval)

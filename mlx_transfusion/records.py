@@ -7,24 +7,28 @@ from typing import Any
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.objective import CONSISTENCY, DIFFUSION
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
 
 def image_record(
-    loaded: Loaded, prompt: str, seed: int, settings: GenerationSettings, batch: int = 1, row: int = 0
+    loaded: Loaded, prompt: str, seed: int, settings: ResolvedSettings, batch: int = 1, row: int = 0
 ) -> dict[str, Any]:
-    """What a PNG says about how it was made; `settings_from_record` reads it back."""
+    """What a PNG says about how it was made; `settings_from_record` reads it back.
+
+    A consistency model's objective and the angles are there in addition; without them it is diffusion.
+    """
     from mlx_transfusion import __version__
 
     c = loaded.config
-    return {
+    record = {
         "version": __version__,
         "model": loaded.name,
         "model_hash": loaded.fingerprint,
         "prompt": prompt,
         "negative_prompt": settings.negative_prompt,
         "seed": seed,
-        "steps": settings.steps_in_use,
+        "steps": settings.steps,
         "sampler": settings.sampler,
         "spacing": settings.spacing,
         "guidance": settings.guidance,
@@ -33,10 +37,21 @@ def image_record(
         "height": c.image_height,
         "batch": {"size": batch, "row": row},
     }
+    if settings.angles is not None:
+        record |= {"angles": list(settings.angles), "objective": loaded.extra["objective"]}
+    return record
+
+
+def record_objective(record: dict[str, Any]) -> dict[str, Any]:
+    """The objective of the model that painted the picture of this record; {} when it does not tell."""
+    if "objective" in record or "sampler" not in record:
+        table = record.get("objective", {})
+        return table if isinstance(table, dict) else {}
+    return {"name": CONSISTENCY if record["sampler"] == CONSISTENCY else DIFFUSION}
 
 
 def completion_record(
-    loaded: Loaded, prompt: str, seed: int, settings: GenerationSettings, picture: int
+    loaded: Loaded, prompt: str, seed: int, settings: ResolvedSettings, picture: int
 ) -> dict[str, Any]:
     """As `image_record`, for picture `picture` of a completion, which `generate --from` cannot repeat."""
     return image_record(loaded, prompt, seed, settings) | {
@@ -63,6 +78,7 @@ def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettin
             DEFAULTS,
             sampler=str(record["sampler"]),
             steps=int(record["steps"]),
+            angles=tuple(float(angle) for angle in record["angles"]) if "angles" in record else None,
             spacing=str(record["spacing"]),
             guidance=float(record["guidance"]),
             guidance_interval=(float(record["guidance_interval"][0]), float(record["guidance_interval"][1])),

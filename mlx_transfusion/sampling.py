@@ -151,6 +151,26 @@ def dpmpp_2m(
     return x
 
 
+def consistency(
+    velocity: Velocity, x: Array, angles: Angles, noise: Noise | None = None, callback: Callback | None = None
+) -> Array:
+    """For consistency models: each step jumps to the data, and fresh noise takes it back to the next angle.
+
+    `velocity` is the network F of sCM (arXiv 2410.11081, equation 5): f(x, a) = cos(a) x - sin(a) F(x, a) is
+    the end of the path through x. Steps after the first mend what the jump before got wrong (multistep
+    sampling, Song et al. 2023, algorithm 1): x_b = cos(b) f(x_a, a) + sin(b) z. The last step draws no noise.
+    Raises UserError when `noise` is missing for more than one step, or for bad angles.
+    """
+    check_angles(angles)
+    if noise is None and len(angles) > 2:
+        raise UserError("sampler 'consistency' draws noise between its steps: pass noise(step), or one step")
+    for step, (a, b) in enumerate(pairwise(angles)):
+        x0 = x0_from_velocity(x, velocity(x, a), a)
+        x = math.cos(b) * x0 + math.sin(b) * noise(step) if noise is not None and b > 0 else x0
+        _report(callback, step, angles, x, x0)
+    return x
+
+
 class SamplerFunction(Protocol):
     """The signature that all samplers share (see the top of the file)."""
 
@@ -184,6 +204,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(heun, 2, stochastic=False, default_steps=18),
     "midpoint": Sampler(midpoint, 2, stochastic=False, default_steps=16),
     "dpmpp_2m": Sampler(dpmpp_2m, 1, stochastic=False, default_steps=25),
+    "consistency": Sampler(consistency, 1, stochastic=True, default_steps=2),
 }
 
 
@@ -228,6 +249,32 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
         return [first, 0.0]
     high, low = (math.tan(a) ** (1 / _KARRAS_RHO) for a in (first, min(_KARRAS_MIN, first / 2)))
     return [math.atan((high + (low - high) * i / (steps - 1)) ** _KARRAS_RHO) for i in range(steps)] + [0.0]
+
+
+MIDDLE_ANGLE = 1.1
+"""Where the second step of the consistency sampler begins (arXiv 2410.11081, section 5)."""
+
+
+def middle_angles(steps: int, first: float = MIDDLE_ANGLE) -> tuple[float, ...]:
+    """The angles in radians of a consistency run of `steps` steps between its start and 0: `steps` - 1 of them.
+
+    The first one is `first`, and from there equal turns lead to 0: 2 steps 1.1; 3 steps 1.1, 0.55; 4 steps
+    1.1, 0.73, 0.37. Raises UserError for steps < 1 and a first angle that `check_middle_angles` refuses.
+    """
+    if steps < 1:
+        raise UserError(f"steps is {steps}: use at least 1")
+    check_middle_angles((first,), "the first middle angle")
+    return tuple(angle_schedule(steps - 1, first)[:-1]) if steps > 1 else ()
+
+
+def check_middle_angles(angles: Angles, name: str) -> None:
+    """Raises UserError, which calls them `name`, unless the angles decrease strictly inside (0, pi/2)."""
+    # Written so that NaN fails too.
+    if not all(a > b for a, b in pairwise((NOISE_ANGLE, *angles, 0.0))):
+        shown = ",".join(f"{angle:g}" for angle in angles)
+        raise UserError(
+            f"{name} {shown}: use radians that decrease between pi/2 = 1.5708 and 0, e.g. 1.1,0.6"
+        )
 
 
 def check_angles(angles: Angles) -> None:

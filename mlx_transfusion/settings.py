@@ -1,25 +1,41 @@
-"""Generation settings: every default of painting and writing stands here. Imports no numpy and no mlx."""
+"""Generation settings: every default of painting and writing stands here. Imports no numpy and no mlx.
+
+What depends on the model is None until `GenerationSettings.for_model` has put the model's own value there;
+painting and the records in pictures take `ResolvedSettings` only.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.objective import CONSISTENCY, Objective, read_objective
+
+DIFFUSION_SAMPLER = "dpmpp_2m"
+DIFFUSION_GUIDANCE = 3.0
+CONSISTENCY_GUIDANCE = 1.0
+"""No second pass: what guidance gives is learned in distillation."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
     """How pictures are painted and words are chosen."""
 
-    sampler: str = "dpmpp_2m"
-    """A name of `sampling.SAMPLERS`."""
+    sampler: str | None = None
+    """A name of `sampling.SAMPLERS`. None: DIFFUSION_SAMPLER, or "consistency" of a consistency model."""
     steps: int | None = None
     """Sampler steps; None means the sampler's own number (`sampling.Sampler.default_steps`)."""
+    angles: tuple[float, ...] | None = None
+    """Of the consistency sampler: the angles in radians, decreasing, of the steps after the first, so their
+    number sets that of the steps. None: the model's own, else `sampling.middle_angles`."""
     spacing: str = "uniform"
-    """How steps are spaced over the noise angle: a name of `sampling.SPACINGS`."""
-    guidance: float = 3.0
-    """Classifier-free guidance scale; 1 is none and costs half (arXiv 2408.11039, section 4: 3 to 5)."""
+    """How a diffusion sampler's steps are spaced over the noise angle: a name of `sampling.SPACINGS`."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none and costs half (arXiv 2408.11039, section 4: 3 to 5). None:
+    DIFFUSION_GUIDANCE, or CONSISTENCY_GUIDANCE with the consistency sampler."""
     guidance_interval: tuple[float, float] = (0.0, math.pi / 2)
     """Noise angles in radians, low and high, between which guidance applies."""
     negative_prompt: str = ""
@@ -46,11 +62,13 @@ class GenerationSettings:
         from mlx_transfusion import sampling
         from mlx_transfusion.token_sampling import check_settings
 
-        sampling.get_sampler(self.sampler)
+        if self.sampler is not None:
+            sampling.get_sampler(self.sampler)
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: use at least 1")
         sampling.angle_schedule(1, spacing=self.spacing)
-        sampling.Guidance(self.guidance, self.guidance_interval)
+        self._check_angles()
+        sampling.Guidance(1.0 if self.guidance is None else self.guidance, self.guidance_interval)
         for name, least in (("batch_size", 1), ("max_tokens", 1), ("max_images", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: use at least {least}")
@@ -59,12 +77,115 @@ class GenerationSettings:
         check_settings(self.temperature, self.top_p, self.top_k, 0.0, self.repetition_penalty)
         return self
 
-    @property
-    def steps_in_use(self) -> int:
-        """`steps`, or the sampler's own number."""
+    def _check_angles(self) -> None:
+        from mlx_transfusion.sampling import check_middle_angles
+
+        if self.sampler == CONSISTENCY and self.spacing != "uniform":
+            raise UserError(
+                f"spacing '{self.spacing}' is for diffusion samplers: set the angles of the consistency "
+                f"sampler instead, e.g. 1.1,0.6"
+            )
+        if self.angles is None:
+            return
+        if self.sampler not in (None, CONSISTENCY):
+            raise UserError(
+                f"angles are for sampler 'consistency', this is '{self.sampler}': leave one of them out"
+            )
+        check_middle_angles(self.angles, "angles")
+        if self.steps not in (None, 1 + len(self.angles)):
+            raise UserError(
+                f"{len(self.angles)} angles make {1 + len(self.angles)} steps, and steps is {self.steps}: "
+                f"give angles or steps, not both"
+            )
+
+    def for_model(self, extra: Mapping[str, Any], model: str) -> ResolvedSettings:
+        """These settings with the model's own values in place of None. The one place where a model decides.
+
+        extra: the extra tables of its config.json (`model_io.Loaded.extra`); model: its name, for messages.
+        Raises UserError for settings out of range and for those that the model cannot paint with: a sampler
+        of the other kind, and guidance on top of guidance that is baked in.
+        """
+        objective = read_objective(extra, model)
+        if objective.consistency:
+            self._check_consistency(objective, model)
+        elif self.sampler == CONSISTENCY or self.angles is not None:
+            what = "the consistency sampler needs" if self.sampler == CONSISTENCY else "angles are for"
+            raise UserError(
+                f"model {model} is a diffusion model, and {what} a consistency model: leave it out, or name "
+                f"a consistency model"
+            )
+        return self.resolve(objective)
+
+    def _check_consistency(self, objective: Objective, model: str) -> None:
+        if self.sampler not in (None, CONSISTENCY):
+            raise UserError(
+                f"model {model} is a consistency model and does not give the diffusion velocity that sampler "
+                f"'{self.sampler}' needs: use sampler '{CONSISTENCY}' or leave it out"
+            )
+        if self.guidance not in (None, 1.0) and objective.guidance_inside:
+            raise UserError(
+                f"model {model} has guidance {objective.guidance:g} baked in, and guidance {self.guidance:g} "
+                f"cannot come on top: leave it out"
+            )
+        if self.guidance in (None, 1.0) and self.negative_prompt.strip():
+            raise UserError(
+                f"model {model} paints without a second pass for guidance, and so without a negative prompt: "
+                f"leave it out"
+            )
+
+    def resolve(self, objective: Objective | None = None) -> ResolvedSettings:
+        """No None left, without asking whether it all suits the model: for a model without a config.json.
+
+        objective: None is diffusion. Raises UserError for settings out of range.
+        """
         from mlx_transfusion.sampling import get_sampler
 
-        return get_sampler(self.sampler).default_steps if self.steps is None else self.steps
+        self.check()
+        objective = objective or Objective()
+        own = CONSISTENCY if objective.consistency else DIFFUSION_SAMPLER
+        sampler = own if self.sampler is None else self.sampler
+        consistency = sampler == CONSISTENCY
+        angles = self._middle_angles(objective) if consistency else self.angles
+        steps = self.steps or get_sampler(sampler).default_steps
+        guidance = CONSISTENCY_GUIDANCE if consistency else DIFFUSION_GUIDANCE
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "sampler": sampler,
+            "steps": steps if angles is None else 1 + len(angles),
+            "angles": angles,
+            "guidance": guidance if self.guidance is None else self.guidance,
+        }
+        resolved = ResolvedSettings(**values)
+        resolved.check()
+        return resolved
+
+    def _middle_angles(self, objective: Objective) -> tuple[float, ...]:
+        """Those asked for, the model's own where they make as many steps, or the sampler's rule."""
+        from mlx_transfusion.sampling import MIDDLE_ANGLE, get_sampler, middle_angles
+
+        own = objective.angles
+        if self.angles is not None:
+            return tuple(self.angles)
+        if own is not None and self.steps in (None, 1 + len(own)):
+            return own
+        steps = self.steps or get_sampler(CONSISTENCY).default_steps
+        return middle_angles(steps, own[0] if own else MIDDLE_ANGLE)
+
+    @property
+    def steps_in_use(self) -> int:
+        """`steps`, or the sampler's own number (a diffusion model's, as long as the sampler is None)."""
+        return self.resolve().steps
+
+
+@dataclass(frozen=True)
+class ResolvedSettings(GenerationSettings):
+    """Settings for one model, of `GenerationSettings.for_model` or `resolve`: nothing is left to a default.
+
+    `angles` is a tuple with the consistency sampler and None with all others.
+    """
+
+    sampler: str = DIFFUSION_SAMPLER
+    steps: int = 1
+    guidance: float = DIFFUSION_GUIDANCE
 
 
 DEFAULTS = GenerationSettings()

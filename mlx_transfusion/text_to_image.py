@@ -15,7 +15,7 @@ from mlx_transfusion.images import CHANNELS
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.painting import paint
 from mlx_transfusion.records import image_record
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
 
 def generate_images(
@@ -27,8 +27,8 @@ def generate_images(
 ) -> list[GeneratedImage]:
     """Paint picture i from prompts[i] and seeds[i]; a single prompt or seed serves all pictures.
 
-    Raises UserError, before anything is painted, for bad settings or seeds, and for prompts that are empty or
-    too long.
+    Raises UserError, before anything is painted, for bad settings or seeds, for settings that this model
+    cannot paint with, and for prompts that are empty or too long.
     """
     images = iter_images(loaded, prompts, seeds, settings, on_step)
     return sorted(images, key=lambda image: image.index)
@@ -42,12 +42,12 @@ def iter_images(
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[GeneratedImage]:
     """As `generate_images`, giving each picture as soon as it is finished (equally long prompts together)."""
-    settings.check()
+    resolved = settings.for_model(loaded.extra, loaded.name)
     check_pictures(loaded)
     pairs = _pairs(prompts, seeds)
     prefix_of = {prompt: image_prefix(loaded, prompt) for prompt in dict.fromkeys(p for p, _ in pairs)}
     prefixes = [prefix_of[prompt] for prompt, _ in pairs]
-    return _painted(loaded, pairs, prefixes, guide_prefix(loaded, settings), settings, on_step)
+    return _painted(loaded, pairs, prefixes, guide_prefix(loaded, resolved), resolved, on_step)
 
 
 def check_pictures(loaded: Loaded) -> None:
@@ -107,7 +107,7 @@ def _painted(
     pairs: list[tuple[str, int]],
     prefixes: list[list[int]],
     negative: list[int],
-    settings: GenerationSettings,
+    settings: ResolvedSettings,
     on_step: Callable[[Step], None] | None,
 ) -> Iterator[GeneratedImage]:
     for batch in _batches([len(prefix) for prefix in prefixes], settings.batch_size):

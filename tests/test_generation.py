@@ -145,8 +145,8 @@ def test_cached_painting_equals_painting_with_full_passes(any_model: Transfusion
 def test_painting_leaves_the_cache_as_it_was(tiny_model: Transfusion) -> None:
     cache = prefill(tiny_model, [[1, 10, 11, 4]])
     before = [np.array(k) for pair in cache.layers if pair for k in pair]
-    first = paint_after(tiny_model, cache, [1], FEW)
-    again = paint_after(tiny_model, cache, [1], FEW)
+    first = paint_after(tiny_model, cache, [1], FEW.resolve())
+    again = paint_after(tiny_model, cache, [1], FEW.resolve())
     np.testing.assert_array_equal(np.array(first), np.array(again))
     assert list(cache.lengths) == [4]
     for was, now in zip(before, (k for pair in cache.layers if pair for k in pair), strict=True):
@@ -282,7 +282,15 @@ def test_guided_steps_cost_two_rows_and_others_one(tiny_model: Transfusion) -> N
     ("change", "message"),
     [
         ({"sampler": "dpmp_2m"}, "did you mean 'dpmpp_2m'"),
+        ({"sampler": ""}, "unknown sampler ''"),
         ({"steps": 0}, "steps is 0"),
+        ({"angles": (1.1, 1.2)}, "angles 1.1,1.2: use radians that decrease"),
+        ({"angles": (1.6,)}, "angles 1.6: use radians"),
+        ({"angles": (0.0,)}, "angles 0: use radians"),
+        ({"angles": (float("nan"),)}, "angles nan: use radians"),
+        ({"angles": (1.1,), "steps": 3}, "1 angles make 2 steps, and steps is 3"),
+        ({"angles": (1.1,), "sampler": "ddim"}, "angles are for sampler 'consistency', this is 'ddim'"),
+        ({"sampler": "consistency", "spacing": "karras"}, "spacing 'karras' is for diffusion samplers"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"guidance_interval": (1.0, 0.5)}, "guidance interval"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
@@ -345,7 +353,7 @@ def test_interleaved_loop_equals_a_full_pass(
     monkeypatch.setattr(interleave, "paint_after", spy)
     cat, dog, moon = (loaded.tokenizer.encode(word) for word in ("cat", "dog", "moon"))
     script([*cat, 4, *dog, 4, *moon])
-    document = interleave._Document(loaded, ["red heart"], 3, FEW, None)
+    document = interleave._Document(loaded, ["red heart"], 3, FEW.resolve(), None)
     events = list(document.run())
     kinds = [type(e).__name__ for e in events]
     assert [k for i, k in enumerate(kinds) if i == 0 or k != kinds[i - 1]] == [
@@ -385,7 +393,7 @@ def test_a_completion_stays_inside_its_limits(loaded: Loaded, monkeypatch: pytes
     record = banned
     monkeypatch.setattr(interleave, "sample_token", paint_if_possible)
     chosen = dataclasses.replace(FEW, max_images=100, max_tokens=1000)
-    document = interleave._Document(loaded, ["red heart"], 1, chosen, None)
+    document = interleave._Document(loaded, ["red heart"], 1, chosen.resolve(), None)
     events = list(document.run())
     assert events[-1] == Finished("length")
     assert int(document.cache.lengths[0]) <= loaded.config.max_position

@@ -17,6 +17,7 @@ from mlx_transfusion.settings import DEFAULTS
 if TYPE_CHECKING:
     from mlx_transfusion.events import GeneratedImage, Step
     from mlx_transfusion.model_io import Loaded
+    from mlx_transfusion.settings import ResolvedSettings
 
 
 def generate(
@@ -38,6 +39,7 @@ def generate(
     negative_prompt: options.NegativePrompt = None,
     sampler: options.Sampler = None,
     steps: options.Steps = None,
+    angles: options.Angles = None,
     spacing: options.Spacing = None,
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
@@ -64,7 +66,7 @@ def generate(
     if sum(given is not None for given in (prompt, prompt_file, repeat)) != 1:
         raise UserError("give either a PROMPT, --prompt-file or --from")
     flags = {
-        "sampler": sampler, "steps": steps, "spacing": spacing, "guidance": guidance,
+        "sampler": sampler, "steps": steps, "angles": angles, "spacing": spacing, "guidance": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": negative_prompt,
     }  # fmt: skip
     if repeat is not None:
@@ -80,15 +82,18 @@ def generate(
         raise UserError(f"--preview-every is {preview_every}: use at least 1")
 
     from mlx_transfusion.images import check_folder
-    from mlx_transfusion.model_io import load, load_config
+    from mlx_transfusion.model_io import load, read_config
+    from mlx_transfusion.model_path import display_name, resolve
 
-    config = load_config(model)
+    path = resolve(model)
+    config, extra = read_config(path)
     for name, wanted, have in (("width", width, config.image_width), ("height", height, config.image_height)):
         if wanted not in (None, have):
             raise UserError(
                 f"--{name} {wanted}: this model paints {config.image_width}x{config.image_height} pictures "
                 f"only: leave out --width and --height"
             )
+    settings = job.settings.for_model(extra, display_name(model, path))  # before the weights are read
     output = picture_path(output)
     check_folder(output.parent)
     loaded = load(model)
@@ -97,20 +102,26 @@ def generate(
             f"warning: {repeat} was painted by weights {job.model_hash} of {job.model}, these are "
             f"{loaded.fingerprint} of {loaded.name}: the picture will differ"
         )
-    _paint(loaded, job, Files(job, output, overwrite), grid, preview_every, as_json)
+    _paint(loaded, job, settings, Files(job, output, overwrite), grid, preview_every, as_json)
 
 
 def _paint(
-    loaded: Loaded, job: Job, files: Files, grid: bool, preview_every: int | None, as_json: bool
+    loaded: Loaded,
+    job: Job,
+    settings: ResolvedSettings,
+    files: Files,
+    grid: bool,
+    preview_every: int | None,
+    as_json: bool,
 ) -> None:
     from mlx_transfusion.text_to_image import iter_images
 
     count = len(job.prompts)
     done: list[GeneratedImage] = []
     with bar("paint", count) as progress:
-        watcher = _Watcher(loaded, job, files, progress, preview_every)
+        watcher = _Watcher(loaded, job, settings, files, progress, preview_every)
         try:
-            for image in iter_images(loaded, job.prompts, job.seeds, job.settings, watcher.on_step):
+            for image in iter_images(loaded, job.prompts, job.seeds, settings, watcher.on_step):
                 if job.keep in (None, image.index):
                     path = image.save(files.picture(image.index))
                     done.append(image)
@@ -129,9 +140,15 @@ class _Watcher:
     """Follows the sampler's steps: progress bar and previews."""
 
     def __init__(
-        self, loaded: Loaded, job: Job, files: Files, progress: Bar, preview_every: int | None
+        self,
+        loaded: Loaded,
+        job: Job,
+        settings: ResolvedSettings,
+        files: Files,
+        progress: Bar,
+        preview_every: int | None,
     ) -> None:
-        self._loaded, self._job, self._files = loaded, job, files
+        self._loaded, self._job, self._settings, self._files = loaded, job, settings, files
         self._progress, self._every = progress, preview_every
         self.finished = 0
 
@@ -147,7 +164,7 @@ class _Watcher:
         for row, (index, pixels) in enumerate(rows):
             if self._job.keep in (None, index):
                 prompt, seed = self._job.prompts[index], self._job.seeds[index]
-                record = image_record(self._loaded, prompt, seed, self._job.settings, len(rows), row)
+                record = image_record(self._loaded, prompt, seed, self._settings, len(rows), row)
                 save_png(self._files.preview(index, step.step), pixels, record | {"preview_step": step.step})
 
 

@@ -40,8 +40,11 @@ def info(
         facts = installation_facts()
     elif Path(target).suffix.lower() == ".png" and not Path(target).is_dir():
         from mlx_transfusion.images import read_record
+        from mlx_transfusion.records import record_objective
 
-        facts = {"file": target} | read_record(target)
+        record = read_record(target)
+        objective = record_objective(record)
+        facts = {"file": target} | record | ({"objective": objective} if objective else {})
     else:
         facts = stored_model_facts(target)
     if as_json:
@@ -71,12 +74,15 @@ def stored_model_facts(name: str) -> dict[str, Any]:
     """The facts of a model folder, from its config and file sizes; the weights are not read."""
     from mlx_transfusion.model_io import read_config, weight_files
     from mlx_transfusion.model_path import display_name, resolve
+    from mlx_transfusion.objective import read_objective
 
     path = resolve(name)
     config, extra = read_config(path)
     size = sum(file.stat().st_size for file in weight_files(path))
+    objective = read_objective(extra, display_name(name, path))
     facts = {
         "model": display_name(name, path),
+        "objective": extra.get("objective", {"name": objective.name}),
         "path": str(path),
         "weights on disk": _memory(size),
     }

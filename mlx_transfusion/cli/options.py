@@ -8,25 +8,48 @@ from typing import Annotated
 
 import typer
 
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_path import BUNDLED, DEFAULT_MODEL
+from mlx_transfusion.objective import CONSISTENCY
+from mlx_transfusion.settings import (
+    CONSISTENCY_GUIDANCE,
+    DEFAULTS,
+    DIFFUSION_GUIDANCE,
+    DIFFUSION_SAMPLER,
+    GenerationSettings,
+)
 
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="MODEL", help='Model folder, "org/name" on the Hugging Face hub, or emoji.',
-        show_default="emoji, the bundled model",
+        "--model", "-m", metavar="MODEL",
+        help=f'Model folder, "org/name" on the Hugging Face hub, or bundled: {" or ".join(BUNDLED)}.',
+        show_default=DEFAULT_MODEL,
     ),
 ]  # fmt: skip
 Sampler = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="ddpm, ddim, heun, midpoint or dpmpp_2m.", show_default=DEFAULTS.sampler
+        metavar="NAME",
+        help="ddpm, ddim, heun, midpoint, dpmpp_2m; consistency for a consistency model.",
+        show_default=f"{DIFFUSION_SAMPLER}, or the only one of a consistency model",
+    ),
+]
+Angles = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="Of sampler consistency: where its steps after the first begin (radians, decreasing).",
+        show_default="the model's",
     ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps.", show_default="by sampler")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Guidance scale; 1 is none.", show_default=f"{DEFAULTS.guidance:g}"),
+    typer.Option(
+        help="Guidance scale; 1 is none.",
+        show_default=f"{DIFFUSION_GUIDANCE:g}, or {CONSISTENCY_GUIDANCE:g} of a consistency model",
+    ),
 ]
 GuidanceInterval = Annotated[
     tuple[float, float] | None,
@@ -61,18 +84,44 @@ def image_settings(
     *,
     sampler: str | None,
     steps: int | None,
+    angles: str | None,
     spacing: str | None,
     guidance: float | None,
     guidance_interval: tuple[float, float] | None,
     negative_prompt: str | None,
 ) -> GenerationSettings:
-    """`base` with the flags that were given."""
+    """`base` with the flags that were given, over what they make obsolete in it (a picture's own settings).
+
+    Steps and angles set each other. A sampler of the other kind, diffusion or consistency, leaves nothing of
+    the sampling as it was. Raises UserError for angles that are no list of numbers.
+    """
+    if None not in (sampler, base.sampler) and (sampler == CONSISTENCY) != (base.sampler == CONSISTENCY):
+        d = DEFAULTS
+        base = dataclasses.replace(
+            base, steps=d.steps, angles=d.angles, spacing=d.spacing, guidance=d.guidance,
+            guidance_interval=d.guidance_interval,
+        )  # fmt: skip
+    if angles is not None:
+        base = dataclasses.replace(base, steps=None)
+    elif base.angles is not None and steps not in (None, 1 + len(base.angles)):
+        base = dataclasses.replace(base, angles=None)
     given = {
         "sampler": sampler,
         "steps": steps,
+        "angles": None if angles is None else _numbers(angles),
         "spacing": spacing,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
         "negative_prompt": negative_prompt,
     }
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """ "1.1,0.6" -> (1.1, 0.6)"""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--angles {text}: use numbers with commas between them, e.g. 1.1,0.6 (one step: --steps 1)"
+        ) from None

@@ -82,10 +82,15 @@ class EvaluationConfig:
         return Path(self.data) / name
 
     def quick(self) -> EvaluationConfig:
-        """The same with small counts and few sampler steps."""
+        """The same with small counts and few sampler steps.
+
+        As many as there are where the angles or the model decide: a consistency model takes few anyway.
+        """
         counts = {f.name: min(getattr(self.counts, f.name), getattr(QUICK, f.name)) for f in fields(Counts)}
-        steps = min(self.generation.steps_in_use, QUICK_STEPS)
-        return replace(self, counts=Counts(**counts), generation=replace(self.generation, steps=steps))
+        generation = self.generation
+        if generation.angles is None and (generation.steps or generation.sampler):
+            generation = replace(generation, steps=min(generation.steps_in_use, QUICK_STEPS))
+        return replace(self, counts=Counts(**counts), generation=generation)
 
 
 def load_config(path: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> EvaluationConfig:

@@ -1,0 +1,64 @@
+"""What a model was trained to output, as its config.json tells: a diffusion velocity, or a consistency function.
+
+Both kinds have the same layers and the same `velocity(x, angle, cache)`. Of a diffusion model it is the mean
+velocity at that angle, and many small steps follow it. Of a consistency model it is the network F of sCM
+(arXiv 2410.11081, section 3): cos(a) x - sin(a) F is the end of the whole path, so one step follows it. The
+numbers of one are nonsense in a sampler of the other, hence the record. Imports no numpy and no mlx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mlx_transfusion.config import from_dict
+from mlx_transfusion.errors import UserError
+
+DIFFUSION, CONSISTENCY = "diffusion", "consistency"
+"""The names of the objectives; the second is also that of the sampler that such a model needs."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The "objective" table of config.json as far as painting needs it; a model without one is diffusion."""
+
+    name: str = DIFFUSION
+    method: str | None = None
+    """How it was trained, e.g. "scd" (distilled) or "sct" (without a teacher)."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights."""
+    guidance: float | None = None
+    """Guidance scale of the teacher that was learned; None and 1 are none."""
+    angles: tuple[float, ...] | None = None
+    """Its middle angles in radians; None means those of the sampler."""
+
+    @property
+    def consistency(self) -> bool:
+        """Whether it is a consistency model."""
+        return self.name == CONSISTENCY
+
+    @property
+    def guidance_inside(self) -> bool:
+        """Whether one pass already paints a guided picture."""
+        return self.consistency and self.guidance not in (None, 1.0)
+
+
+def read_objective(extra: Mapping[str, Any], model: str) -> Objective:
+    """The objective among the extra tables of config.json (`model_io.Loaded.extra`).
+
+    model: a name for messages. Keys that painting does not need are left alone. Raises UserError for an
+    objective that is unknown and for values of a wrong type or out of range.
+    """
+    table, where = extra.get("objective", {}), f"model {model}: config.json: objective"
+    if isinstance(table, Mapping):
+        known = {f.name for f in fields(Objective)}
+        table = {key: value for key, value in table.items() if key in known}
+    objective = from_dict(Objective, table, where)
+    if objective.name not in (DIFFUSION, CONSISTENCY):
+        raise UserError(f'{where}.name is "{objective.name}": expected "{DIFFUSION}" or "{CONSISTENCY}"')
+    if objective.angles is not None:
+        from mlx_transfusion.sampling import check_middle_angles
+
+        check_middle_angles(objective.angles, f"{where}.angles")
+    return objective
