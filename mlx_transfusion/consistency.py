@@ -35,8 +35,6 @@ from mlx_transfusion.errors import UserError
 Network = Callable[[mx.array, mx.array], mx.array]
 """F(x [M, ...], angle [M]) -> [M, ...]."""
 
-TANGENTS = ("normalize", "clip", "none")
-"""What is done to g before it becomes the target (section 4.2)."""
 TANGENT_CONSTANT = 0.1
 """c of g / (|g| + c), which keeps a tangent near zero from being blown up to full length."""
 
@@ -96,7 +94,7 @@ def rescale(g: mx.array, how: str = "normalize", constant: float = TANGENT_CONST
     if how == "none":
         return g
     if how != "normalize":
-        raise UserError(f'tangent is "{how}", expected one of {", ".join(TANGENTS)}')
+        raise UserError(f'tangent is "{how}", expected normalize, clip or none')
     return g / (trigflow.per_image(rms(g), g) + constant)
 
 

@@ -12,6 +12,7 @@ import typer
 from mlx_transfusion.cli import tokenizer
 from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.describe import describe
+from mlx_transfusion.cli.distill import distill
 from mlx_transfusion.cli.evaluate import evaluate
 from mlx_transfusion.cli.generate import generate
 from mlx_transfusion.cli.info import info
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (generate, describe, complete, info, train, evaluate):
+for verb in (generate, describe, complete, info, train, distill, evaluate):
     app.command()(verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 

@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     record: dict[str, Any],
     keep: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNNNN` atomically and remove all but the newest `keep`.
 
-    `model` is only used for its shape of parameters; `record` (seed, training config) goes into state.json.
+    `model` is only used for its shape of parameters; `record` (seed, training config) goes into state.json, `extra`
+    (tables such as "objective") into config.json.
     Raises UserError when the disk is full or the folder cannot be written; older checkpoints stay as they are.
     """
     target = folder / f"{PREFIX}{state.step:08d}"
@@ -63,7 +66,7 @@ def save_checkpoint(
         _remove_unfinished(folder)
         # A step that is saved already stays: taking it away to write the same again would only risk it.
         if not (target / STATE).is_file():
-            _write(temporary, state, optimizer, model, tokenizer, record)
+            _write(temporary, state, optimizer, model, tokenizer, record, extra)
             if target.exists():
                 shutil.rmtree(target)  # not a checkpoint: it has no training state
             os.replace(temporary, target)
@@ -87,14 +90,16 @@ def _write(
     model: Transfusion,
     tokenizer: Tokenizer,
     record: dict[str, Any],
+    extra: Mapping[str, Any] | None,
 ) -> None:
     """Write all files of a checkpoint into a new folder and wait until they are on the disk."""
     folder.mkdir()
+    current = model.parameters()
     model.update(state.ema)
     try:
-        save_model(folder, model, tokenizer)
+        save_model(folder, model, tokenizer, extra)
     finally:
-        model.update(state.weights)
+        model.update(current)
     mx.save_safetensors(str(folder / WEIGHTS), dict(tree_flatten(state.weights)))
     mx.save_safetensors(str(folder / OPTIMIZER), dict(tree_flatten(optimizer.state)))
     (folder / STATE).write_text(json.dumps({"step": state.step, **record}, indent=2) + "\n")

@@ -62,6 +62,26 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class ConsistencyConfig:
+    """A continuous-time consistency model (arXiv 2410.11081) instead of a diffusion model: `distill`."""
+
+    teacher: str | None = None
+    """A diffusion model to distil (sCD), which the student also starts from; None trains on the data alone (sCT)."""
+    guidance: float = 3.0
+    """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none."""
+    tangent: str = "normalize"
+    """"normalize" (to unit length), "clip" (to [-1, 1]) or "none" (section 4.2)."""
+    tangent_warmup: int = 200
+    """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once."""
+    adaptive_weight: bool = True
+    """Learn the weight w(angle) of the loss beside the model (section 4.2)."""
+    angles: tuple[float, ...] = (1.1,)
+    """Where the student paints again after its first step, radians: the paper's two-step sampler."""
+    valid_pictures: int = 32
+    """Pictures whose one- and two-step versions are compared with the teacher's at every validation."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (the paper, section 4.1), or Muon for the matrices of the decoder with AdamW for the rest."""
 
@@ -95,8 +115,9 @@ class TrainConfig:
     output: str
     tokenizer: str
     data: DataConfig
-    model: dict
-    """Keys of ModelConfig; `preset` names a starting point; vocabulary and special ids come from the tokenizer."""
+    model: dict = field(default_factory=dict)
+    """Keys of ModelConfig; `preset` names a starting point; vocabulary and special ids come from the tokenizer.
+    Empty: those of the teacher or of `init`."""
     init: str | None = None
     """A model folder to start from instead of random weights."""
     steps: int = 1000
@@ -122,18 +143,25 @@ class TrainConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    consistency: ConsistencyConfig | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():
+            if name.startswith("consistency.") and self.consistency is None:
+                continue
             value = operator.attrgetter(name)(self)
             for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
                 _within(f"{name}[{i}]" if isinstance(value, tuple) else name, one, low, high)
         for name, allowed in _CHOICES.items():
+            if name.startswith("consistency.") and self.consistency is None:
+                continue
             choice = operator.attrgetter(name)(self)
             if choice not in allowed:
                 raise UserError(
                     f'training config: {name} is "{choice}", expected one of {", ".join(allowed)}'
                 )
+        if not self.model and self.start is None:
+            raise UserError('training config: key "model" is missing, and there is no model to start from')
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
         if self.accumulate > self.batch_size:
@@ -142,6 +170,11 @@ class TrainConfig:
             )
         if self.sample.every and not self.sample.prompts:
             raise UserError("training config: sample.every needs sample.prompts to paint")
+
+    @property
+    def start(self) -> str | None:
+        """The model whose weights training starts from: `init`, else the teacher; None is from scratch."""
+        return self.init if self.init or self.consistency is None else self.consistency.teacher
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the checkpoint's record."""
@@ -155,11 +188,13 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("valid_every", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
-         "optimizer.clip"), (0, math.inf)),
+         "optimizer.clip", "consistency.guidance", "consistency.tangent_warmup",
+         "consistency.valid_pictures"), (0, math.inf)),
     **dict.fromkeys(
         ("ema", "data.caption_first", "data.caption_drop", "data.flip", "optimizer.final_fraction",
          "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
-    **dict.fromkeys(("diffusion.high_noise_from", "diffusion.image_first_limit"), (0, math.pi / 2)),
+    **dict.fromkeys(
+        ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles"), (0, math.pi / 2)),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest value of each number."""
@@ -168,6 +203,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "diffusion.distribution": ("uniform", "tan_lognormal"),
+    "consistency.tangent": ("normalize", "clip", "none"),
 }
 
 
@@ -180,7 +216,7 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 def load_train_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a training TOML; file names in it are relative to its folder, except `output` (to the current one).
 
-    `init` is a folder beside the TOML, or else whatever `load` accepts.
+    `init` and `consistency.teacher` are folders beside the TOML, or else whatever `load` accepts.
 
     `overrides` are "key.path=value" with TOML values (a bare word counts as text). Raises UserError for a
     missing or unreadable file and for unknown, missing or mistyped keys.
@@ -232,8 +268,10 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
             table[key] = str(folder / table[key])
 
     fix(data, "tokenizer")
-    if isinstance(data.get("init"), str) and (folder / data["init"]).is_dir():
-        fix(data, "init")
+    for table, key in ((data, "init"), (data.get("consistency"), "teacher")):
+        name = table.get(key) if isinstance(table, dict) else None
+        if isinstance(name, str) and (folder / name).is_dir():
+            fix(table, key)
     tables = data.get("data", {})
     for split in ("train", "valid"):
         rows = tables.get(split, []) if isinstance(tables, dict) else []

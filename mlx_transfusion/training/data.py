@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,22 @@ class Batch:
     def text_targets(self) -> int:
         """Number of tokens in the language-model loss."""
         return int(self.packed.text_weight.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions that are not padding."""
+        return self.packed.tokens
+
+
+class Pictures(NamedTuple):
+    """The pictures of some documents, in order, with their noise and angles."""
+
+    pixels: np.ndarray
+    """uint8 [M, H, W, C]"""
+    noise: np.ndarray
+    """float32 [M, H, W, C]"""
+    angle: np.ndarray
+    """float32 [M], radians"""
 
 
 @dataclass(frozen=True)
@@ -119,15 +136,23 @@ class DataSet:
     def batch(self, documents: Sequence[Document]) -> Batch:
         """Pack documents and load their pictures."""
         packed: list[list[Segment]] = []
-        refs: list[ImageRef] = []
-        flips: list[bool] = []
+        first = 0
         for d in documents:
-            first = len(refs)
             packed.append(
                 [Image(first + s.index, s.patches) if isinstance(s, Image) else s for s in d.segments]
             )
-            refs += d.images
-            flips += d.flips
+            first += len(d.images)
+        rows = sequence.pack(
+            packed,
+            self._length,
+            pad_id=self._model.pad_token_id,
+            row_multiple=ROW_MULTIPLE,
+            text_multiple=TOKEN_MULTIPLE,
+        )
+        return Batch(rows, *self.pictures(documents))
+
+    def pictures(self, documents: Sequence[Document]) -> Pictures:
+        """Load the pictures of some documents and draw their noise."""
         m = self._model
         shape = (m.image_height, m.image_width, m.image_channels)
         noises = [
@@ -135,14 +160,9 @@ class DataSet:
             for d in documents
             for i in range(len(d.images))
         ]
-        return Batch(
-            sequence.pack(
-                packed,
-                self._length,
-                pad_id=m.pad_token_id,
-                row_multiple=ROW_MULTIPLE,
-                text_multiple=TOKEN_MULTIPLE,
-            ),
+        refs = [ref for d in documents for ref in d.images]
+        flips = [one for d in documents for one in d.flips]
+        return Pictures(
             self._pixels.load(refs, flips),
             np.stack(noises) if noises else np.zeros((0, *shape), np.float32),
             np.array([a for d in documents for a in d.angles], np.float32),

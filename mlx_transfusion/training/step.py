@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +15,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_transfusion import losses, sequence, trigflow
 from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
+from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.data import Batch
+from mlx_transfusion.training.data import Batch, DataSet, Document
 from mlx_transfusion.training.optimizer import ema_update
+from mlx_transfusion.training.signals import Signals
 
 Tree = Any
 
@@ -46,11 +49,12 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, 
 
 
 class Step:
-    """The compiled gradient and update functions of one run."""
+    """The compiled gradient and update functions of one run: the diffusion objective."""
 
     def __init__(self, model: Transfusion, optimizer: optim.Optimizer, config: TrainConfig) -> None:
         self._model, self._optimizer, self._config = model, optimizer, config
         self._dtype = mx.bfloat16 if config.dtype == "bfloat16" else mx.float32
+        self.signals: Signals | None = None
         state = [optimizer.state]
         self._gradients: Callable[..., Any] = self._plain_gradients
         self._update: Callable[..., Any] = self._plain_update
@@ -58,10 +62,26 @@ class Step:
             self._gradients = mx.compile(self._plain_gradients)
             self._update = mx.compile(self._plain_update, inputs=state, outputs=state)
 
+    def initial_weights(self) -> Tree:
+        """What is trained, as a tree of arrays."""
+        return self._model.parameters()
+
+    def model_weights(self, weights: Tree) -> Tree:
+        """The part of the trained weights that is the model."""
+        return weights
+
+    def load(self, data: DataSet, documents: Sequence[Document]) -> Any:
+        """Arrays of one part of a step (numpy only: it runs in a thread)."""
+        return data.batch(documents)
+
+    def count(self, data: DataSet, document: Document) -> tuple[int, int]:
+        """(text-loss tokens, pictures in the loss) of a document: its part of the step's totals."""
+        return data.count(document)
+
     def gradients(
-        self, weights: Tree, batch: Batch, text_total: int, image_total: int
-    ) -> tuple[Any, mx.array]:
-        """Gradients of this batch's part of the objective, and its summed losses.
+        self, weights: Tree, batch: Any, text_total: int, image_total: int, step: int
+    ) -> tuple[Tree, mx.array]:
+        """Gradients of this part of the objective at `step` (0-based), and its summed losses.
 
         The totals are those of the whole optimiser step (all processes and accumulated parts), so that parts
         simply add up, weighted by their tokens. Returns (gradients, [text loss sum, image loss sum]).
@@ -75,6 +95,22 @@ class Step:
         """Clip, step the optimiser, move the EMA. Returns (weights, ema, norm of the unclipped gradient)."""
         return self._update(gradients, weights, ema, mx.array(decay))
 
+    def validate(self, data: DataSet, batches: int, size: int) -> dict[str, float]:
+        """Mean losses of the model as it is on the first `batches` batches of `size` documents, per modality."""
+        total = np.zeros(4)
+        for i in range(batches):
+            total += evaluate_batch(self._model, data.batch(data.documents(i, size)))
+        return {
+            "valid_text_loss": float(total[0] / max(1, total[1])),
+            "valid_image_loss": float(total[2] / max(1, total[3])),
+        }
+
+    def paint_grid(self, tokenizer: Tokenizer, file: Path) -> None:
+        """Paint the prompts of the config with the model as it is, into one PNG."""
+        from mlx_transfusion.training.preview import paint_grid
+
+        paint_grid(self._model, tokenizer, self._config.sample, file)
+
     def _plain_gradients(
         self,
         weights: Tree,
@@ -85,7 +121,7 @@ class Step:
         scale: mx.array,
     ) -> tuple[Tree, mx.array]:
         def objective(w: Tree) -> tuple[mx.array, mx.array]:
-            self._model.update(_cast(w, self._dtype))
+            self._model.update(cast(w, self._dtype))
             batch = TrainArrays(*arrays)
             logits, prediction = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
             text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
@@ -106,10 +142,11 @@ class Step:
         limit = self._config.optimizer.clip
         gradients, norm = optim.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
         weights = self._optimizer.apply_gradients(gradients, weights)
-        return weights, ema_update(ema, weights, decay), norm
+        return weights, ema_update(ema, self.model_weights(weights), decay), norm
 
 
-def _cast(tree: Tree, dtype: mx.Dtype) -> Tree:
+def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
+    """A tree of arrays in another floating-point type."""
     return tree_map(lambda w: w.astype(dtype), tree)
 
 

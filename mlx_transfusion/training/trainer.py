@@ -6,11 +6,14 @@ batch's documents, gradients are summed, and all hold the same weights).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +22,30 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import Loaded as ModelFolder
+from mlx_transfusion.model_io import load, load_config
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.config import TrainConfig, model_config
-from mlx_transfusion.training.data import Batch, DataSet
+from mlx_transfusion.training.consistency_step import ConsistencyStep
+from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import ema_decay, make_optimizer, set_learning_rate
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.schedule import learning_rate_factor
-from mlx_transfusion.training.step import Step, evaluate_batch
+from mlx_transfusion.training.signals import Watch
+from mlx_transfusion.training.step import Step
 
 
 @dataclass(frozen=True)
 class Loaded:
     """One step's share of this process, cut into parts, with the totals of the whole step."""
 
-    parts: list[Batch]
+    parts: list[Any]
     text_total: int
     image_total: int
     tokens: int
@@ -58,7 +66,7 @@ class Trainer:
         self.output = Path(config.output)
         self.tokenizer = Tokenizer.load(config.tokenizer)
         begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
-        self.model = _new_model(config, self.tokenizer, None if begun else config.init)
+        self.model = _new_model(config, self.tokenizer, None if begun else config.start)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
             "data": config.data,
@@ -75,15 +83,23 @@ class Trainer:
             else None
         )
         self.optimizer = make_optimizer(config.optimizer)
-        weights = self.model.parameters()
+        self.teacher = _teacher(config, self.model.config)
+        self.step = self._new_step()
+        weights = self.step.initial_weights()
         self.optimizer.init(weights)
-        self.state = ckpt.TrainState(0, weights, tree_map(lambda w: w, weights))
-        self.step = Step(self.model, self.optimizer, config)
+        self.state = ckpt.TrainState(0, weights, tree_map(lambda w: w, self.step.model_weights(weights)))
+        self.watch = Watch()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.group.rank() == 0
+
+    def _new_step(self) -> Step:
+        if self.config.consistency is None:
+            return Step(self.model, self.optimizer, self.config)
+        teacher = self.teacher.model if self.teacher else None
+        return ConsistencyStep(self.model, self.optimizer, self.config, teacher)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if there is one. Raises UserError when it belongs to another run."""
@@ -93,8 +109,8 @@ class Trainer:
         record = ckpt.read_record(found[-1])
         _check_same_run(record["config"], self.config.to_dict(), found[-1])
         self.state = ckpt.load_checkpoint(found[-1], self.optimizer)
-        self.model.update(self.state.weights)
-        self.step = Step(self.model, self.optimizer, self.config)  # compiled over the restored state
+        self.model.update(self.step.model_weights(self.state.weights))
+        self.step = self._new_step()  # compiled over the restored state
         return True
 
     def run(self) -> Path:
@@ -142,14 +158,14 @@ class Trainer:
         c = self.config
         documents = self.train_data.documents(step, c.batch_size, step / max(1, c.steps - 1))
         ranks = self.group.size()
-        totals = [self.train_data.count(d) for d in documents]
+        totals = [self.step.count(self.train_data, d) for d in documents]
         parts = []
         for part in range(c.accumulate):
             mine = documents[self.group.rank() + part * ranks :: ranks * c.accumulate]
             if mine:
-                parts.append(self.train_data.batch(mine))
+                parts.append(self.step.load(self.train_data, mine))
         return Loaded(
-            parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.packed.tokens for b in parts)
+            parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.tokens for b in parts)
         )
 
     def _train_step(
@@ -158,7 +174,7 @@ class Trainer:
         """One optimiser step. Returns whether any process was asked to stop."""
         c, n = self.config, self.state.step
         start = time.perf_counter()
-        gradients, sums, stop = self._gradients(loaded, interrupt)
+        gradients, sums, stop = self._gradients(loaded, interrupt, n)
         factor = learning_rate_factor(n, c.steps, c.optimizer)
         set_learning_rate(self.optimizer, c.optimizer, factor)
         weights, ema, norm = self.step.update(
@@ -173,8 +189,9 @@ class Trainer:
                 f"{gradient_norm}); training stopped, the last checkpoint is good; start a new run from it "
                 "(init) with a lower learning rate"
             )
+        self._observe(n + 1, {"image loss": image, "gradient norm": gradient_norm})
         self.state = ckpt.TrainState(n + 1, weights, ema)
-        self.model.update(weights)
+        self.model.update(self.step.model_weights(weights))
         values = {
             "text_loss": text,
             "image_loss": image,
@@ -186,16 +203,26 @@ class Trainer:
         }
         progress.advance(n + 1, values)
         if log is not None and (n + 1) % c.log_every == 0:
-            log.write(n + 1, values)
+            log.write(n + 1, values | (self.step.signals.collect() if self.step.signals else {}))
         return stop
 
-    def _gradients(self, loaded: Loaded, interrupt: Interrupt) -> tuple[Any, np.ndarray, bool]:
+    def _observe(self, step: int, values: dict[str, float]) -> None:
+        """Consistency training can blow up while its loss stays small: stop before that is saved."""
+        if self.step.signals is None:
+            return
+        if trouble := self.watch.observe(step, {"tangent": self.step.signals.tangent(), **values}):
+            raise UserError(
+                f"step {step}: consistency training blew up: {trouble}; the last checkpoint is good; start a new "
+                "run from it (init) with a lower learning rate"
+            )
+
+    def _gradients(self, loaded: Loaded, interrupt: Interrupt, step: int) -> tuple[Any, np.ndarray, bool]:
         """Gradients and summed losses [text, image] of all parts and processes; whether any was asked to stop."""
         gradients: Any = None
         sums = mx.zeros((2,))
         for part in loaded.parts:
             more, part_sums = self.step.gradients(
-                self.state.weights, part, loaded.text_total, loaded.image_total
+                self.state.weights, part, loaded.text_total, loaded.image_total, step
             )
             gradients = more if gradients is None else tree_map(mx.add, gradients, more)
             sums = sums + part_sums
@@ -227,30 +254,28 @@ class Trainer:
                 log.write(n, values)
         if c.sample.every and n % c.sample.every == 0 and self.is_main:
             self._sample_grid()
-        if n % c.save_every == 0 and n < c.steps:
+        if n % c.save_every == 0 and n < c.steps and self.watch.calm:
             self._save()
 
     def _validate(self) -> dict[str, float]:
         """Losses of the EMA weights on fixed validation batches, per modality."""
         assert self.valid_data is not None
-        self.model.update(self.state.ema)
-        total = np.zeros(4)
-        for i in range(self.config.valid_batches):
-            batch = self.valid_data.batch(self.valid_data.documents(i, self.config.batch_size))
-            total += evaluate_batch(self.model, batch)
-        self.model.update(self.state.weights)
-        return {
-            "valid_text_loss": float(total[0] / max(1, total[1])),
-            "valid_image_loss": float(total[2] / max(1, total[3])),
-        }
+        with self._averaged():
+            return self.step.validate(self.valid_data, self.config.valid_batches, self.config.batch_size)
 
     def _sample_grid(self) -> None:
-        from mlx_transfusion.training.preview import paint_grid
-
-        self.model.update(self.state.ema)
         file = self.output / "samples" / f"step-{self.state.step:08d}.png"
-        paint_grid(self.model, self.tokenizer, self.config.sample, file)
-        self.model.update(self.state.weights)
+        with self._averaged():
+            self.step.paint_grid(self.tokenizer, file)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the EMA weights."""
+        self.model.update(self.state.ema)
+        try:
+            yield
+        finally:
+            self.model.update(self.step.model_weights(self.state.weights))
 
     def _save(self) -> Path:
         folder = self.output / "checkpoints"
@@ -258,7 +283,14 @@ class Trainer:
         if self.is_main:
             record = {"config": self.config.to_dict()}
             path = ckpt.save_checkpoint(
-                folder, self.state, self.optimizer, self.model, self.tokenizer, record, self.config.keep
+                folder,
+                self.state,
+                self.optimizer,
+                self.model,
+                self.tokenizer,
+                record,
+                self.config.keep,
+                extra=_objective(self.config, self.teacher),
             )
         if self.group.size() > 1:
             mx.eval(mx.distributed.all_sum(mx.zeros((1,))))  # nobody runs ahead of the file
@@ -280,28 +312,79 @@ def train(config: TrainConfig, resume: bool = True) -> Path:
     return trainer.run()
 
 
-def _new_model(config: TrainConfig, tokenizer: Tokenizer, init: str | None) -> Transfusion:
-    """Random weights from the seed, or those of the model `init`, which must be of the same shape."""
+def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion:
+    """Random weights from the seed, or those of the model `start`, which must be of the same shape."""
     special = {
         f"{name}_token_id": getattr(tokenizer.special, name)
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
     }
-    shape = model_config(config, tokenizer.vocab_size, special)
+    if config.model:
+        shape = model_config(config, tokenizer.vocab_size, special)
+    else:
+        assert config.start is not None  # checked by TrainConfig
+        shape = load_config(config.start)
+        if config.consistency is not None:
+            shape = dataclasses.replace(shape, prediction="velocity")
+    _check_consistency(config, shape)
     mx.random.seed(config.seed)
     model = Transfusion(shape)
-    if init is not None:
-        from mlx_transfusion.model_io import load
-
-        start = load(init, dtype=mx.float32).model  # stored in half precision perhaps
-        theirs, ours = start.config.to_dict(), shape.to_dict()
-        if differs := [key for key in ours if theirs[key] != ours[key]]:
+    if start is not None:
+        begin = load(start, dtype=mx.float32).model  # stored in half precision perhaps
+        theirs, ours = begin.config.to_dict(), shape.to_dict()
+        # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
+        free = {"prediction"} if config.consistency is not None else set()
+        if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
             raise UserError(
-                f"init {init}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
+                f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
                 f"{ours[differs[0]]}"
             )
-        model.update(start.parameters())
+        model.update(begin.parameters())
     mx.eval(model.parameters())
     return model
+
+
+def _check_consistency(config: TrainConfig, shape: ModelConfig) -> None:
+    if config.consistency is not None and shape.prediction != "velocity":
+        raise UserError(
+            f'[model]: prediction is "{shape.prediction}"; a consistency model predicts the "velocity": change it'
+        )
+
+
+def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
+    """The diffusion model to distil. Raises UserError when it does not speak the student's language."""
+    if config.consistency is None or config.consistency.teacher is None:
+        return None
+    teacher = load(config.consistency.teacher, dtype=mx.float32)
+    if "objective" in teacher.extra:
+        raise UserError(
+            f"teacher {teacher.name}: is a consistency model itself; distil the diffusion model it came from"
+        )
+    free = {"prediction", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "qk_norm", "patch_positions",
+            "patch_skip", "time_frequencies", "max_position"}  # fmt: skip
+    theirs, ours = teacher.config.to_dict(), shape.to_dict()
+    if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
+        raise UserError(
+            f"teacher {teacher.name}: its {differs[0]} is {theirs[differs[0]]}, the student's {ours[differs[0]]}; "
+            "a teacher needs the same pictures and the same tokens"
+        )
+    return teacher
+
+
+def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, Any] | None:
+    """What a consistency model's config.json says about how it must be sampled."""
+    c = config.consistency
+    if c is None:
+        return None
+    return {
+        "objective": {
+            "name": "consistency",
+            "method": "sct" if teacher is None else "scd",
+            "teacher": teacher.fingerprint if teacher else None,
+            "guidance": c.guidance if teacher else 1.0,
+            "angles": list(c.angles),
+        }
+    }
 
 
 _MAY_CHANGE = re.compile(

@@ -1,0 +1,237 @@
+"""One step of consistency training or distillation: sCM's loss on pictures, next-token loss on all text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from mlx_transfusion import consistency, losses, trigflow
+from mlx_transfusion.models.layers import KeysValues
+from mlx_transfusion.models.patches import patchify
+from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
+from mlx_transfusion.painting import paint
+from mlx_transfusion.sampling import guided
+from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.comparison import paint_rows
+from mlx_transfusion.training.config import ConsistencyConfig, TrainConfig
+from mlx_transfusion.training.data import DataSet, Document
+from mlx_transfusion.training.prefix_data import PrefixBatch, count, prefix_batch, prefix_of
+from mlx_transfusion.training.signals import Signals
+from mlx_transfusion.training.step import Step, Tree, cast, to_arrays
+
+TEACHER_SAMPLER = "dpmpp_2m"
+"""How the teacher's pictures are painted that a student is compared with."""
+LOSS_WEIGHT = "loss_weight"
+"""Where the weighting network stands among the trained weights; it is no part of the model."""
+
+
+class PictureArrays(NamedTuple):
+    """The pictures of a PrefixBatch as mlx arrays."""
+
+    ids: mx.array  # int32 [M, S]
+    lengths: mx.array  # int32 [M]
+    weight: mx.array  # float32 [M]
+    x: mx.array  # noisy patches [M, N, P]
+    angle: mx.array  # float32 [M]
+    sample_velocity: mx.array  # cos(a) times the velocity of the sample itself [M, N, P]
+
+
+class TextArrays(NamedTuple):
+    """Positions of the language-model loss, [K] each."""
+
+    position: mx.array
+    target: mx.array
+    weight: mx.array
+
+
+class ConsistencyStep(Step):
+    """Gradients of the consistency objective; the optimiser's step is that of diffusion training."""
+
+    def __init__(
+        self, model: Transfusion, optimizer: optim.Optimizer, config: TrainConfig, teacher: Transfusion | None
+    ) -> None:
+        super().__init__(model, optimizer, config)
+        assert config.consistency is not None
+        self._settings: ConsistencyConfig = config.consistency
+        self._teacher = teacher
+        self._loss_weight = consistency.LossWeight()
+        self._valid: tuple[list[list[int]], list[int], mx.array] | None = None
+        self._watched = self.signals = Signals()
+        if config.compile:
+            self._gradients = mx.compile(self._plain_consistency_gradients)
+        else:
+            self._gradients = self._plain_consistency_gradients
+
+    def initial_weights(self) -> Tree:
+        """The model's parameters, and those of the weighting network when it is used."""
+        weights = dict(self._model.parameters())
+        if self._settings.adaptive_weight:
+            weights[LOSS_WEIGHT] = self._loss_weight.parameters()
+        return weights
+
+    def model_weights(self, weights: Tree) -> Tree:
+        """The part of the trained weights that is the model."""
+        return {name: tree for name, tree in weights.items() if name != LOSS_WEIGHT}
+
+    def load(self, data: DataSet, documents: Sequence[Document]) -> PrefixBatch:
+        """Arrays of one part of a step (numpy only)."""
+        return prefix_batch(data, documents, self._model.config.pad_token_id)
+
+    def count(self, data: DataSet, document: Document) -> tuple[int, int]:
+        """(text-loss tokens, pictures in the loss) of a document."""
+        return count(data, document)
+
+    def gradients(
+        self, weights: Tree, batch: Any, text_total: int, image_total: int, step: int
+    ) -> tuple[Tree, mx.array]:
+        """Gradients of this part of the objective at `step`, and its summed losses [text, image]."""
+        scale = mx.array([1 / max(1, text_total), self._config.image_loss_weight / max(1, image_total)])
+        warmup = consistency.tangent_warmup(step, self._settings.tangent_warmup)
+        pictures, texts = _arrays(batch, self._model)
+        rest = rest_text = None
+        if batch.rest is not None:
+            arrays, _, target, weight = to_arrays(batch.rest, self._model)
+            rest, rest_text = tuple(arrays), tuple(TextArrays(arrays.text_index, target, weight))
+        gradients, sums, seen = self._gradients(
+            weights, tuple(pictures), tuple(texts), rest, rest_text, scale, mx.array(warmup)
+        )
+        self._watched.add(batch.weight, batch.pictures.angle, seen)
+        return gradients, sums
+
+    def validate(self, data: DataSet, batches: int, size: int) -> dict[str, float]:
+        """Text loss, and how far pictures of one and of two steps are from the teacher's on the same noise.
+
+        The distance is the mean squared error in units of the data's variance: the one number that falls as long as
+        distillation makes progress. Without a teacher there is the text loss alone.
+        """
+        out = {"valid_text_loss": super().validate(data, batches, size)["valid_text_loss"]}
+        if self._teacher is None or not self._settings.valid_pictures:
+            return out
+        if self._valid is None:
+            self._valid = self._valid_pictures(data, size)
+        prefixes, seeds, wanted = self._valid
+        for steps in (1, 1 + len(self._settings.angles)):
+            made = paint(self._model, prefixes, seeds, self.student_settings(steps))
+            out[f"valid_teacher_gap_{steps}"] = float(np.array((made - wanted).square().mean()))
+        return out
+
+    def paint_grid(self, tokenizer: Tokenizer, file: Path) -> None:
+        """The prompts of the config in rows: the teacher's pictures, then two steps, one step, on the same noise."""
+        rows = [(self._model, self.student_settings(k)) for k in (1 + len(self._settings.angles), 1)]
+        if self._teacher is not None:
+            rows.insert(0, (self._teacher, self.teacher_settings()))
+        paint_rows(rows, tokenizer, self._config.sample, file)
+
+    def student_settings(self, steps: int) -> GenerationSettings:
+        """How the student paints in one step, or with the config's angles."""
+        angles = None if steps == 1 else self._settings.angles
+        return GenerationSettings(sampler="consistency", steps=steps, angles=angles, guidance=1.0)
+
+    def teacher_settings(self) -> GenerationSettings:
+        """How the teacher paints what the student is compared with."""
+        return GenerationSettings(sampler=TEACHER_SAMPLER, guidance=self._settings.guidance)
+
+    def _valid_pictures(self, data: DataSet, size: int) -> tuple[list[list[int]], list[int], mx.array]:
+        """Prefixes, seeds, and the teacher's clean patches [M, N, P] for them."""
+        prefixes: list[list[int]] = []
+        for i in range(self._settings.valid_pictures):
+            found = (prefix_of(d) for d in data.documents(i, size))
+            prefixes += [p for p in found if p is not None]
+            if len(prefixes) >= self._settings.valid_pictures:
+                break
+        prefixes = prefixes[: self._settings.valid_pictures]
+        seeds = list(range(len(prefixes)))
+        assert self._teacher is not None
+        return prefixes, seeds, paint(self._teacher, prefixes, seeds, self.teacher_settings())
+
+    def _plain_consistency_gradients(
+        self,
+        weights: Tree,
+        pictures: tuple[mx.array, ...],
+        texts: tuple[mx.array, ...],
+        rest: tuple[mx.array, ...] | None,
+        rest_text: tuple[mx.array, ...] | None,
+        scale: mx.array,
+        warmup: mx.array,
+    ) -> tuple[Tree, mx.array, mx.array]:
+        p = PictureArrays(*pictures)
+        cos_velocity = mx.stop_gradient(self._cos_velocity(p))
+
+        def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+            self._model.update(self.model_weights(w))
+            hidden, prefix = self._model.read_prefix(p.ids)
+            image, seen = self._image_loss(w, p, prefix, cos_velocity, warmup)
+            text = self._text_loss(hidden, TextArrays(*texts))
+            if rest is not None and rest_text is not None:
+                self._model.update(cast(self.model_weights(w), self._dtype))
+                batch = TrainArrays(*rest)
+                logits, _ = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
+                _, target, weight = rest_text
+                text = text + losses.text_loss(logits.astype(mx.float32), target, weight)
+            sums = mx.stack([text, image])
+            return (sums * scale).sum(), (sums, seen)
+
+        (_, (sums, seen)), gradients = mx.value_and_grad(objective)(weights)
+        self._model.update(self.model_weights(weights))  # leave no tracers behind
+        return gradients, sums, seen
+
+    def _image_loss(
+        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], cos_velocity: mx.array, warmup: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
+        network = partial(self._model.paint, prefix=prefix, lengths=p.lengths)
+        value = consistency.value_and_derivative(network, p.x, p.angle, cos_velocity)
+        raw = consistency.tangent(value, p.x, p.angle, cos_velocity, warmup)
+        g = consistency.rescale(raw, self._settings.tangent)
+        log_weight = mx.zeros_like(p.angle)
+        if LOSS_WEIGHT in w:
+            self._loss_weight.update(w[LOSS_WEIGHT])
+            log_weight = self._loss_weight(p.angle)
+        each = consistency.image_losses(value.network, g, log_weight)
+        cosine = mx.cos(p.angle)[:, None, None]
+        drift = cosine * (cosine * value.network - cos_velocity)
+        seen = [consistency.rms(raw), consistency.rms(drift), consistency.rms(value.derivative)]
+        return (each * p.weight).sum(), mx.stop_gradient(mx.stack([*seen, each, log_weight]))
+
+    def _text_loss(self, hidden: mx.array, text: TextArrays) -> mx.array:
+        logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
+        return losses.text_loss(logits, text.target, text.weight)
+
+    def _cos_velocity(self, p: PictureArrays) -> mx.array:
+        """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample."""
+        teacher, scale = self._teacher, self._settings.guidance
+        if teacher is None:
+            return p.sample_velocity
+        _, prefix = teacher.read_prefix(p.ids)
+        cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
+        if scale == 1:
+            return cond
+        c, m = teacher.config, p.x.shape[0]
+        _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
+        null = [(mx.repeat(k, m, 0), mx.repeat(v, m, 0)) for k, v in alone]
+        return guided(cond, teacher.cos_velocity(p.x, p.angle, null, mx.full((m,), 2)), scale)
+
+
+def _arrays(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, TextArrays]:
+    """Noise the pictures and hand everything but the rest to mlx."""
+    x0 = model.encode(mx.array(batch.pictures.pixels).astype(mx.float32) / 255)
+    z = patchify(mx.array(batch.pictures.noise), model.config.patch_size)
+    angle = mx.array(batch.pictures.angle)
+    a = angle[:, None, None]
+    pictures = PictureArrays(
+        mx.array(batch.ids),
+        mx.array(batch.lengths),
+        mx.array(batch.weight),
+        trigflow.mix(x0, z, a),
+        angle,
+        mx.cos(a) * trigflow.velocity_target(x0, z, a),
+    )
+    texts = TextArrays(*(mx.array(t) for t in (batch.text_index, batch.text_target, batch.text_weight)))
+    return pictures, texts

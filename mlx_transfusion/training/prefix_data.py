@@ -1,0 +1,119 @@
+"""The batch of a distillation step: pictures behind their prefixes, and all other documents packed as in training.
+
+A document that ends with its only picture is split there. The prefix (BOS, caption, BOI) cannot see the picture,
+so its keys and values are read once and serve the teacher's and the student's passes over the picture's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_transfusion import sequence
+from mlx_transfusion.sequence import Image, Text
+from mlx_transfusion.training.data import TOKEN_MULTIPLE, Batch, DataSet, Document, Pictures
+
+PICTURE_MULTIPLE = 8
+"""Steps of the number of pictures, and COLUMN_MULTIPLE of prefix lengths: compiled shapes stay few."""
+COLUMN_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """M pictures, each behind its own prefix; padded rows have weight 0."""
+
+    ids: np.ndarray
+    """Prefix tokens, padded on the right. int32 [M, S]"""
+    lengths: np.ndarray
+    """int32 [M]"""
+    weight: np.ndarray
+    """1 for a real picture, 0 for padding. float32 [M]"""
+    pictures: Pictures
+    text_index: np.ndarray
+    """Flat prefix positions whose next token is predicted; padded by 0. int32 [K]"""
+    text_target: np.ndarray
+    """int32 [K]"""
+    text_weight: np.ndarray
+    """float32 [K]"""
+    patches: int
+    """Tokens of one picture."""
+    rest: Batch | None
+    """The other documents: text alone, text behind a picture, several pictures."""
+
+    @property
+    def text_targets(self) -> int:
+        """Number of tokens in the language-model loss."""
+        return int(self.text_weight.sum()) + (self.rest.text_targets if self.rest else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions that are not padding."""
+        real = int(self.weight.sum())
+        own = int(self.lengths[:real].sum()) + real * self.patches
+        return own + (self.rest.tokens if self.rest else 0)
+
+
+def prefix_of(document: Document) -> list[int] | None:
+    """The tokens before the picture of a document that ends with its only picture; None for any other."""
+    places = [i for i, s in enumerate(document.segments) if isinstance(s, Image)]
+    if len(places) != 1 or sequence.length(document.segments[places[0] + 1 :]) != 2:  # EOI, EOS
+        return None
+    return [i for s in document.segments[: places[0]] if isinstance(s, Text) for i in s.ids]
+
+
+def count(data: DataSet, document: Document) -> tuple[int, int]:
+    """(text-loss tokens, pictures with a consistency loss) of a document."""
+    prefix = prefix_of(document)
+    return (data.count(document)[0], 0) if prefix is None else (len(prefix) - 1, 1)
+
+
+def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) -> PrefixBatch:
+    """Split documents into pictures behind prefixes and the rest, and load everything."""
+    prefixes = [prefix_of(d) for d in documents]
+    painted = [(d, p) for d, p in zip(documents, prefixes, strict=True) if p is not None]
+    rest = [d for d, p in zip(documents, prefixes, strict=True) if p is None]
+    rows = sequence.bucket(len(painted), PICTURE_MULTIPLE)
+    columns = sequence.bucket(max((len(p) for _, p in painted), default=1), COLUMN_MULTIPLE)
+    ids = np.full((rows, columns), pad_id, np.int32)
+    lengths = np.ones(rows, np.int32)
+    for row, (_, prefix) in enumerate(painted):
+        ids[row, : len(prefix)] = prefix
+        lengths[row] = len(prefix)
+    at = [row * columns + i for row, (_, p) in enumerate(painted) for i in range(len(p) - 1)]
+    size = sequence.bucket(len(at), TOKEN_MULTIPLE)
+    index = np.pad(np.array(at, np.int32), (0, size - len(at)))
+    patches = next((s.patches for d, _ in painted for s in d.segments if isinstance(s, Image)), 0)
+    pictures = _padded(data.pictures([d for d, _ in painted]), rows)
+    return PrefixBatch(
+        ids,
+        lengths,
+        (np.arange(rows) < len(painted)).astype(np.float32),
+        pictures,
+        index,
+        ids.reshape(-1)[np.minimum(index + 1, ids.size - 1)],
+        (np.arange(size) < len(at)).astype(np.float32),
+        patches,
+        _rest(data, rest) if rest else None,
+    )
+
+
+def _rest(data: DataSet, documents: Sequence[Document]) -> Batch:
+    """The packed documents; unused pictures fill up their number, which would otherwise differ from step to step."""
+    batch = data.batch(documents)
+    count = len(batch.angle)
+    if not count:
+        return batch
+    wanted = sequence.bucket(count, PICTURE_MULTIPLE)
+    packed = batch.packed
+    patches = len(packed.patch_index) // count
+    index = np.pad(packed.patch_index, (0, (wanted - count) * patches))
+    filled = _padded(Pictures(batch.pixels, batch.noise, batch.angle), wanted)
+    return Batch(replace(packed, patch_index=index), *filled)
+
+
+def _padded(pictures: Pictures, rows: int) -> Pictures:
+    """Black pictures without noise fill up the rows."""
+    missing = rows - len(pictures.angle)
+    return Pictures(*(np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in pictures))
