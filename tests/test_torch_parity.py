@@ -120,7 +120,7 @@ def test_gradients(model: Transfusion) -> None:
     batch = make_batch(model)
     wanted = run_reference(model, batch, gradients=True)
     step = Step(model, make_optimizer(OptimizerConfig()), train_config(compile=False))
-    gradients, sums = step.gradients(model.parameters(), batch, batch.text_targets, len(batch.angle))
+    gradients, sums = step.gradients(model.parameters(), batch, batch.text_targets, len(batch.angle), 0)
     assert sums[0].item() / batch.text_targets == pytest.approx(wanted["text"].item(), rel=1e-6)
     flat = dict(tree_flatten(gradients))
     assert flat.keys() == wanted["w"].keys()

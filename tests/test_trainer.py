@@ -147,7 +147,7 @@ def gradients_of(trainer: Trainer, step: int = 0) -> tuple[Arrays, np.ndarray]:
     sums = np.zeros(2)
     for part in loaded.parts:
         gradients, part_sums = trainer.step.gradients(
-            trainer.state.weights, part, loaded.text_total, loaded.image_total
+            trainer.state.weights, part, loaded.text_total, loaded.image_total, step
         )
         total = gradients if total is None else tree_map(mx.add, total, gradients)
         sums += np.array(part_sums)

@@ -115,9 +115,9 @@ class TrainConfig:
     output: str
     tokenizer: str
     data: DataConfig
-    model: dict = field(default_factory=dict)
+    model: dict | None = None
     """Keys of ModelConfig; `preset` names a starting point; vocabulary and special ids come from the tokenizer.
-    Empty: those of the teacher or of `init`."""
+    None: those of `init` or of the teacher."""
     init: str | None = None
     """A model folder to start from instead of random weights."""
     steps: int = 1000
@@ -160,7 +160,7 @@ class TrainConfig:
                 raise UserError(
                     f'training config: {name} is "{choice}", expected one of {", ".join(allowed)}'
                 )
-        if not self.model and self.start is None:
+        if self.model is None and self.start is None:
             raise UserError('training config: key "model" is missing, and there is no model to start from')
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
@@ -236,7 +236,7 @@ def load_train_config(path: str | Path, overrides: list[str] | None = None) -> T
 
 def model_config(config: TrainConfig, vocab_size: int, special: dict[str, int]) -> ModelConfig:
     """The ModelConfig of a run: preset, then the keys of [model], then the tokenizer's vocabulary."""
-    data = dict(config.model)
+    data = dict(config.model or {})
     name = data.pop("preset", None)
     if name is not None and name not in PRESETS:
         raise UserError(f'[model]: preset "{name}" is unknown, expected one of {", ".join(PRESETS)}')

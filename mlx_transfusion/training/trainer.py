@@ -318,7 +318,7 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
         f"{name}_token_id": getattr(tokenizer.special, name)
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
     }
-    if config.model:
+    if config.model is not None:
         shape = model_config(config, tokenizer.vocab_size, special)
     else:
         assert config.start is not None  # checked by TrainConfig

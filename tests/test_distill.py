@@ -1,0 +1,425 @@
+"""Consistency training end to end: the objective on real batches, the loop, resume, what stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny_training import write_run
+
+from mlx_transfusion import consistency, trigflow
+from mlx_transfusion.cli import _run
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import load
+from mlx_transfusion.sequence import Image
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.checkpoint import checkpoints
+from mlx_transfusion.training.config import TrainConfig, load_train_config
+from mlx_transfusion.training.consistency_step import LOSS_WEIGHT, ConsistencyStep, _arrays
+from mlx_transfusion.training.prefix_data import PICTURE_MULTIPLE, count, prefix_batch, prefix_of
+from mlx_transfusion.training.signals import BUCKETS, Signals, Watch
+from mlx_transfusion.training.trainer import Trainer, train
+
+DISTILL = """
+[consistency]
+teacher = "teacher"
+guidance = 2.0
+tangent_warmup = 2
+valid_pictures = 3
+
+[data]
+caption_drop = 0.2
+
+[[data.train]]
+rows = "pairs.jsonl"
+images = "pictures"
+weight = 2
+
+[[data.train]]
+rows = "texts.jsonl"
+
+[[data.valid]]
+rows = "pairs.jsonl"
+images = "pictures"
+"""
+HEAD = """
+output = "students"
+tokenizer = "tokenizer.model"
+steps = 6
+batch_size = 9
+sequence_length = 32
+log_every = 1
+save_every = 2
+ema = 0.9
+"""
+TAIL = """
+[optimizer]
+learning_rate = 1e-3
+warmup = 2
+"""
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """Data, a briefly trained teacher in `teacher`, and `distill.toml`."""
+    folder = tmp_path_factory.mktemp("distill")
+    toml = write_run(folder, tiny_tokenizer)
+    last = train(load_train_config(toml, [f"output={folder / 'first'}", "steps=20"]))
+    last.rename(folder / "teacher")
+    (folder / "distill.toml").write_text(HEAD + DISTILL + TAIL)
+    return folder
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> MakeConfig:
+    def make(*overrides: str, output: str = "students") -> TrainConfig:
+        return load_train_config(folder / "distill.toml", [f"output={tmp_path / output}", *overrides])
+
+    return make
+
+
+def state(checkpoint: Path) -> dict[str, np.ndarray]:
+    return {
+        f"{file.name}:{name}": np.array(value)
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, value in mx.load(str(file)).items()
+    }
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(tree)}
+
+
+def step_of(trainer: Trainer) -> ConsistencyStep:
+    assert isinstance(trainer.step, ConsistencyStep)
+    return trainer.step
+
+
+# ---- the batch ----
+
+
+def test_documents_split_at_their_last_picture(config: MakeConfig) -> None:
+    data = Trainer(config()).train_data
+    documents = [d for step in range(8) for d in data.documents(step, 9)]
+    kinds = {prefix_of(d) is not None: d for d in documents}
+    assert set(kinds) == {True, False}
+    for d in documents:
+        prefix, segments = prefix_of(d), d.segments
+        if prefix is None:
+            assert not (segments and isinstance(segments[-3 if len(segments) > 2 else 0], Image))
+            assert count(data, d) == (data.count(d)[0], 0)
+        else:
+            assert prefix[0] == 1 and prefix[-1] == 4  # BOS ... BOI
+            assert count(data, d) == (len(prefix) - 1, 1)
+
+
+def test_prefix_batch_holds_every_document_once(config: MakeConfig) -> None:
+    data = Trainer(config()).train_data
+    documents = data.documents(3, 9)
+    batch = prefix_batch(data, documents)
+    painted = [p for d in documents if (p := prefix_of(d)) is not None]
+    assert len(batch.ids) % PICTURE_MULTIPLE == 0 and batch.weight.sum() == len(painted)
+    for row, prefix in enumerate(painted):
+        assert batch.ids[row, : batch.lengths[row]].tolist() == prefix
+    assert batch.text_targets == sum(count(data, d)[0] for d in documents)
+    k = int(batch.text_weight.sum())
+    flat_ids = batch.ids.reshape(-1)
+    wanted = [token for prefix in painted for token in prefix[1:]]
+    assert batch.text_target[:k].tolist() == wanted == flat_ids[batch.text_index[:k] + 1].tolist()
+    assert batch.rest is not None and len(batch.rest.angle) % PICTURE_MULTIPLE == 0
+    # pictures, noise and angles are those that plain training would draw for the same documents
+    plain = data.pictures([d for d in documents if prefix_of(d) is not None])
+    assert np.array_equal(batch.pictures.noise[: len(painted)], plain.noise)
+    assert np.array_equal(batch.pictures.angle[: len(painted)], plain.angle)
+
+
+# ---- the objective on the model ----
+
+
+def test_passes_on_arrays_equal_generation(config: MakeConfig) -> None:
+    """`read_prefix` and `paint` (padded, batched) give what `prefill` and `velocity` give one by one."""
+    trainer = Trainer(config())
+    model, batch = trainer.model, prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9))
+    p, _ = _arrays(batch, model)
+    _, prefix = model.read_prefix(p.ids)
+    out = np.array(model.paint(p.x, p.angle, prefix, p.lengths))
+    for row in range(int(batch.weight.sum())):
+        length = batch.lengths[row : row + 1]
+        _, cache = model.prefill(batch.ids[row : row + 1, : length[0]], length)
+        alone = model.velocity(p.x[row : row + 1], p.angle[row : row + 1], cache)
+        assert np.abs(np.array(alone)[0] - out[row]).max() < 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon"])
+def test_cos_velocity_is_that_of_generation(config: MakeConfig, prediction: str) -> None:
+    import dataclasses
+
+    trainer = Trainer(config())
+    model = type(trainer.model)(dataclasses.replace(trainer.model.config, prediction=prediction))
+    model.update(trainer.model.parameters())
+    p, _ = _arrays(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
+    angle = mx.minimum(p.angle, 1.5)
+    _, prefix = model.read_prefix(p.ids)
+    got = model.cos_velocity(p.x, angle, prefix, p.lengths)
+    _, cache = model.prefill(np.array(p.ids)[:1, : int(p.lengths[0].item())], np.array(p.lengths[:1]))
+    wanted = mx.cos(angle[:1, None, None]) * model.velocity(p.x[:1], angle[:1], cache)
+    assert mx.abs(got[:1] - wanted).max().item() < 1e-4
+
+
+def _tangent_of(trainer: Trainer, checkpointing: bool = False) -> tuple[np.ndarray, Any]:
+    """J of a batch, and the function that gives F at any state of it."""
+    model = trainer.model
+    model.gradient_checkpointing = checkpointing
+    p, _ = _arrays(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
+    _, prefix = model.read_prefix(p.ids)
+
+    def network(x: mx.array, angle: mx.array) -> mx.array:
+        return model.paint(x, angle, prefix, p.lengths)
+
+    value = consistency.value_and_derivative(network, p.x, p.angle, p.sample_velocity)
+    return np.array(value.derivative), (network, p)
+
+
+def test_derivative_equals_central_differences(config: MakeConfig) -> None:
+    trainer = Trainer(config())
+    derivative, (network, p) = _tangent_of(trainer)
+    a, h = p.angle[:, None, None], 5e-3
+    cosine = mx.maximum(mx.cos(a), 1e-3)
+    v = p.sample_velocity / cosine
+
+    def at(turn: float) -> mx.array:
+        x = trigflow.rotate(p.x, v, a, a + turn)  # cos(h) x + sin(h) v
+        return network(x, p.angle + turn)
+
+    differences = np.array(mx.sin(a) * cosine * (at(h) - at(-h)) / (2 * h))
+    real = slice(0, int(p.weight.sum().item()))
+    error = np.linalg.norm(derivative[real] - differences[real]) / np.linalg.norm(derivative[real])
+    assert np.linalg.norm(derivative[real]) > 1e-3 and error < 3e-3
+
+
+def _gradients(trainer: Trainer, step: int = 2) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    loaded = trainer._load(step)
+    total: dict[str, np.ndarray] = {}
+    sums = np.zeros(2)
+    for part in loaded.parts:
+        gradients, part_sums = trainer.step.gradients(
+            trainer.state.weights, part, loaded.text_total, loaded.image_total, step
+        )
+        for name, value in flat(gradients).items():
+            total[name] = total.get(name, 0) + value
+        sums += np.array(part_sums)
+    return total, sums
+
+
+@pytest.mark.parametrize(
+    "overrides", [("gradient_checkpointing=true",), ("compile=false",), ("accumulate=3",)], ids=str
+)
+def test_ways_to_compute_the_same_gradients(config: MakeConfig, overrides: tuple[str, ...]) -> None:
+    plain, sums = _gradients(Trainer(config()))
+    other, other_sums = _gradients(Trainer(config(*overrides)))
+    assert np.allclose(sums, other_sums, rtol=1e-4)
+    assert plain.keys() == other.keys()
+    for name, value in plain.items():
+        assert np.linalg.norm(other[name] - value) <= 2e-3 * np.linalg.norm(value) + 1e-7, name
+    assert np.linalg.norm(plain["layers.0.self_attn.q_proj.weight"]) > 0
+
+
+def test_gradient_moves_the_network_along_the_tangent(config: MakeConfig) -> None:
+    """Against Algorithm 1 written out: a second forward pass, squared distance to sg(F) + g."""
+    trainer = Trainer(config("accumulate=1", "consistency.adaptive_weight=false"))
+    step, model = step_of(trainer), trainer.model
+    batch = trainer._load(2).parts[0]
+    p, texts = _arrays(batch, model)
+    assert trainer.teacher is not None
+    teacher = trainer.teacher.model
+
+    def guided() -> mx.array:
+        _, prefix = teacher.read_prefix(p.ids)
+        cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
+        m = len(p.angle)
+        _, alone = teacher.read_prefix(mx.array([[1, 4]] * m))
+        null = teacher.cos_velocity(p.x, p.angle, alone, mx.full((m,), 2))
+        return null + 2.0 * (cond - null)
+
+    cos_v = guided()
+
+    def network(x: mx.array, angle: mx.array) -> mx.array:
+        return model.paint(x, angle, model.read_prefix(p.ids)[1], p.lengths)
+
+    a = p.angle[:, None, None]
+    cosine, sine = mx.cos(a), mx.sin(a)
+    (f,), (j,) = mx.jvp(network, [p.x, p.angle], [sine * cos_v, mx.sin(p.angle) * mx.cos(p.angle)])
+    g = -cosine * (cosine * f - cos_v) - (cosine * sine * p.x + j)
+    g = g / (mx.sqrt(g.square().mean((1, 2), keepdims=True)) + 0.1)
+    target, total = f + g, float(batch.weight.sum())
+
+    def loss(weights: Any) -> mx.array:
+        model.update(weights)
+        error = (network(p.x, p.angle) - target).square().mean((1, 2))
+        return 5.0 * (error * p.weight).sum() / total
+
+    wanted = flat(mx.grad(loss)(model.parameters()))
+    # text alone is left out of the comparison by giving it no weight
+    silent = tuple(mx.zeros_like(t) for t in texts)
+    gradients, _, _ = step._plain_consistency_gradients(
+        trainer.state.weights, tuple(p), silent, None, None, mx.array([0.0, 5.0 / total]), mx.array(1.0)
+    )
+    for name, value in flat(gradients).items():
+        assert np.linalg.norm(value - wanted[name]) <= 1e-3 * np.linalg.norm(wanted[name]) + 1e-6, name
+
+
+def test_consistency_training_needs_no_teacher(config: MakeConfig, folder: Path, tmp_path: Path) -> None:
+    text = (folder / "distill.toml").read_text().replace('teacher = "teacher"', "")
+    toml = folder / "sct.toml"
+    toml.write_text(text.replace("steps = 6", 'steps = 2\ninit = "teacher"'))
+    last = train(load_train_config(toml, [f"output={tmp_path / 'sct'}"]))
+    objective = load(last).extra["objective"]
+    assert objective["method"] == "sct" and objective["guidance"] == 1.0 and objective["teacher"] is None
+
+
+def test_guidance_changes_the_target_and_one_saves_a_pass(config: MakeConfig) -> None:
+    kinds = {}
+    for scale in (1.0, 2.0):
+        trainer = Trainer(config(f"consistency.guidance={scale}"))
+        p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+        kinds[scale] = np.array(step_of(trainer)._cos_velocity(p))
+    assert np.abs(kinds[1.0] - kinds[2.0]).max() > 1e-3
+
+
+# ---- the loop ----
+
+
+def test_a_run_saves_a_consistency_model(config: MakeConfig) -> None:
+    run = config("valid_every=3", "sample.every=6", 'sample.prompts=["red star", "blue moon"]')
+    last = train(run)
+    loaded = load(last)
+    teacher = load(run.consistency.teacher)  # type: ignore[union-attr]
+    assert loaded.extra["objective"] == {
+        "name": "consistency", "method": "scd", "teacher": teacher.fingerprint, "guidance": 2.0, "angles": [1.1],
+    }  # fmt: skip
+    assert not any(name.startswith(LOSS_WEIGHT) for name, _ in tree_flatten(loaded.model.parameters()))
+    rows = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
+    assert {"valid_text_loss", "valid_teacher_gap_1", "valid_teacher_gap_2"} < rows[-1].keys()
+    signals = {key.split("/")[0] for row in rows for key in row if "/" in key}
+    assert signals == {"tangent", "drift", "derivative", "loss", "log_weight"}
+    assert (Path(run.output) / "samples" / "step-00000006.png").is_file()
+
+
+def test_distillation_brings_the_student_to_its_teacher(config: MakeConfig) -> None:
+    """One step paints ever more like the teacher's many: the gap falls well below that of the untrained student."""
+    run = config(
+        "steps=150", "valid_every=150", "save_every=1000", "consistency.tangent_warmup=10",
+        "consistency.valid_pictures=8", "ema=0.95", "data.caption_drop=0", "diffusion.high_noise_share=[0.3, 0.3]",
+    )  # fmt: skip
+    trainer = Trainer(run)
+    assert trainer.valid_data is not None
+    before = trainer.step.validate(trainer.valid_data, 1, 9)
+    trainer.run()
+    trainer.model.update(trainer.state.ema)
+    after = trainer.step.validate(trainer.valid_data, 1, 9)
+    assert after["valid_teacher_gap_1"] < 0.7 * before["valid_teacher_gap_1"]
+    assert after["valid_text_loss"] < before["valid_text_loss"] + 0.1
+
+
+def test_resume_equals_the_uninterrupted_run(config: MakeConfig) -> None:
+    whole = train(config(output="whole"))
+    half = Trainer(config("save_every=3", output="half"))
+    stop_after(half, 3)
+    again = train(config("save_every=3", output="half"))
+    a, b = state(whole), state(again)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert any(LOSS_WEIGHT in name for name in a)
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Run and break off right after the checkpoint of step `steps`."""
+    save = trainer._save
+
+    def saving() -> Path:
+        path = save()
+        if trainer.state.step >= steps:
+            raise RuntimeError("pulled the plug")
+        return path
+
+    trainer._save = saving  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="plug"):
+        trainer.run()
+    assert [c.name for c in checkpoints(trainer.output / "checkpoints")] == [f"step-{steps:08d}"]
+
+
+def test_a_blow_up_stops_and_keeps_the_last_good_state(config: MakeConfig) -> None:
+    run = config("optimizer.learning_rate=1e9", "optimizer.clip=0", "optimizer.warmup=0", "steps=200", "save_every=1")
+    with pytest.raises(UserError, match=r"blew up: .* left its usual range first|not finite any more"):
+        train(run)
+    kept = checkpoints(Path(run.output) / "checkpoints")
+    for name, value in state(kept[-1]).items() if kept else ():
+        assert np.isfinite(value).all(), name
+
+
+# ---- signals ----
+
+
+def test_signals_average_by_angle() -> None:
+    signals = Signals()
+    angle = np.array([0.05, 0.1, 1.5, 1.0], np.float32)
+    seen = mx.array(np.arange(20, dtype=np.float32).reshape(5, 4))
+    signals.add(np.array([1, 1, 1, 0]), angle, seen)
+    assert signals.tangent() == 1.0
+    out = signals.collect()
+    width = np.pi / 2 / BUCKETS
+    assert out[f"tangent/0.00-{width:.2f}"] == 0.5 and out[f"loss/{7 * width:.2f}-1.57"] == 14.0
+    assert out["tangent_worst"] == 2.0
+    assert signals.collect() == {}
+
+
+def test_watch_names_the_first_signal() -> None:
+    watch = Watch()
+    for step in range(50):
+        assert watch.observe(step, {"tangent": 1.0 + step % 3, "gradient norm": 2.0}) is None
+    assert watch.calm
+    assert watch.observe(50, {"tangent": 1000.0, "gradient norm": 2.0}) is None and not watch.calm
+    assert watch.observe(51, {"tangent": 1.0, "gradient norm": 2.0}) is None and watch.calm  # a spike is forgiven
+    for step in range(52, 52 + Watch.PATIENCE):
+        assert watch.observe(step, {"tangent": 1000.0, "gradient norm": 500.0 if step > 55 else 2.0}) is None
+    trouble = watch.observe(52 + Watch.PATIENCE, {"tangent": 1000.0, "gradient norm": 500.0})
+    assert trouble == "tangent left its usual range first, at step 52"
+    assert "gradient norm" in (Watch().observe(0, {"gradient norm": float("nan"), "tangent": 1.0}) or "")
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("consistency.tangent=normalise",), 'consistency.tangent is "normalise", expected one of normalize'),
+        (("consistency.guidance=-1",), "consistency.guidance is -1"),
+        (("consistency.teecher=emoji",), 'unknown key "teecher"; did you mean "teacher"'),
+        (("consistency.angles=[2.0]",), r"consistency.angles\[0\] is 2.0"),
+        (("model.hidden_size=16",), "missing"),
+    ],
+)
+def test_bad_tables_are_refused(config: MakeConfig, change: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Trainer(config(*change))
+
+
+def test_verbs_and_tables_belong_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["train", str(folder / "distill.toml")]) == 2
+    assert "use the verb distill" in capsys.readouterr().err
+    assert _run(["distill", str(folder / "train.toml")]) == 2
+    assert "no [consistency] table" in capsys.readouterr().err
+
+
+def test_a_consistency_model_is_no_teacher(config: MakeConfig) -> None:
+    student = train(config("steps=1"))
+    with pytest.raises(UserError, match="is a consistency model itself"):
+        Trainer(config(f"consistency.teacher={student}", output="second"))
