@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_help_imports_neither_mlx_nor_numpy() -> None:
         "complete",
         "info",
         "train",
+        "distill",
         "evaluate",
         "tokenizer",
         "tokenizer train",
@@ -371,31 +373,36 @@ def test_info_of_the_installation(cli: Cli) -> None:
 # ---- train and evaluate: the flags that reach the library ----
 
 
-def test_train_passes_its_flags(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", ["train", "distill"])
+def test_train_and_distill_pass_their_flags(cli: Cli, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     calls: list[tuple[Any, ...]] = []
+    config = SimpleNamespace(consistency=None if verb == "train" else object())
 
-    def load_train_config(path: Path, overrides: list[str]) -> str:
+    def load_train_config(path: Path, overrides: list[str]) -> SimpleNamespace:
         calls.append((path, overrides))
-        return "config"
+        return config
 
-    def train(config: str, resume: bool) -> Path:
+    def train(config: SimpleNamespace, resume: bool) -> Path:
         calls.append((config, resume))
         return Path("last")
 
     monkeypatch.setattr("mlx_transfusion.training.config.load_train_config", load_train_config)
     monkeypatch.setattr("mlx_transfusion.training.trainer.train", train)
-    result = cli("train", "a.toml", "--set", "steps=3", "--set", "data.flip=0.5", "--no-resume")
+    result = cli(verb, "a.toml", "--set", "steps=3", "--set", "data.flip=0.5", "--no-resume")
     assert (result.code, result.out) == (0, "last\n")
-    assert calls == [(Path("a.toml"), ["steps=3", "data.flip=0.5"]), ("config", False)]
-    cli("train", "a.toml")
-    assert calls[2:] == [(Path("a.toml"), []), ("config", True)]
+    assert calls == [(Path("a.toml"), ["steps=3", "data.flip=0.5"]), (config, False)]
+    cli(verb, "a.toml")
+    assert calls[2:] == [(Path("a.toml"), []), (config, True)]
+    other = cli("distill" if verb == "train" else "train", "a.toml")
+    assert (other.code, other.out) == (2, "")
+    assert f"use the verb {verb}" in other.err
 
 
 def test_evaluate_passes_its_flags(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def evaluate(
-        *arguments: Any, data: Path | None, progress: Callable[[str, int, int], None]
+        *arguments: Any, data: Path | None, progress: Callable[[str, int, int], None], **_: Any
     ) -> dict[str, Any]:
         progress("half", 1, 2)
         calls.append((*arguments, data))

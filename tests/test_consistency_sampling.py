@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from mlx_transfusion import interleave, model_path, noise
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.evaluation.config import QUICK_STEPS, EvaluationConfig, PairFiles
 from mlx_transfusion.events import Painted, Step, Token
 from mlx_transfusion.generation import complete, describe, generate_images, paint
 from mlx_transfusion.images import read_record, save_png
@@ -196,22 +195,6 @@ def test_what_a_model_cannot_paint_with(extra: dict[str, Any], change: dict[str,
 def test_objectives_may_hold_what_painting_does_not_need() -> None:
     more = OBJECTIVE | {"weighting": "on"}
     assert read_objective({"objective": more}, "m") == read_objective(STUDENT, "m")
-
-
-def test_quick_evaluations_leave_a_consistency_model_its_steps() -> None:
-    config = EvaluationConfig("data", PairFiles("a"), PairFiles("b"), "c", "d")
-
-    def steps(**change: Any) -> tuple[int | None, Any]:
-        quick = dataclasses.replace(config, generation=GenerationSettings(**change)).quick().generation
-        return quick.steps, quick.angles
-
-    assert steps() == (None, None)
-    assert steps(steps=30) == (QUICK_STEPS, None)
-    assert steps(sampler="ddpm") == (QUICK_STEPS, None)
-    assert steps(sampler="consistency") == (2, None)
-    assert steps(angles=(1.2, 0.8)) == (None, (1.2, 0.8))
-    student = GenerationSettings().for_model(STUDENT, "m")
-    assert dataclasses.replace(config, generation=student).quick().generation == student
 
 
 # ---- painting with a model ----
