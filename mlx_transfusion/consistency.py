@@ -125,7 +125,7 @@ class LossWeight(nn.Module):
     def __call__(self, angle: mx.array) -> mx.array:
         """Angles [M] in radians -> w [M]."""
         x = angle[:, None] * self._frequencies
-        return self.fc2(nn.silu(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))[:, 0]
+        return self.fc2(mx.tanh(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))[:, 0]
 
 
 def tangent_warmup(step: int, steps: int) -> float:

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) 
     """Data, a briefly trained teacher in `teacher`, and `distill.toml`."""
     folder = tmp_path_factory.mktemp("distill")
     toml = write_run(folder, tiny_tokenizer)
-    last = train(load_train_config(toml, [f"output={folder / 'first'}", "steps=20"]))
+    last = train(load_train_config(toml, [f"output={folder / 'first'}", "steps=200", "ema=0.98"]))
     last.rename(folder / "teacher")
     (folder / "distill.toml").write_text(HEAD + DISTILL + TAIL)
     return folder
@@ -315,7 +315,7 @@ def test_a_run_saves_a_consistency_model(config: MakeConfig) -> None:
 def test_distillation_brings_the_student_to_its_teacher(config: MakeConfig) -> None:
     """One step paints ever more like the teacher's many: the gap falls well below that of the untrained student."""
     run = config(
-        "steps=150", "valid_every=150", "save_every=1000", "consistency.tangent_warmup=10",
+        "steps=400", "valid_every=400", "save_every=1000", "consistency.tangent_warmup=20",
         "consistency.valid_pictures=8", "ema=0.95", "data.caption_drop=0", "diffusion.high_noise_share=[0.3, 0.3]",
     )  # fmt: skip
     trainer = Trainer(run)

@@ -72,11 +72,16 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
-        self._act = nn.silu if config.hidden_act == "silu" else _relu
+        self._act = silu if config.hidden_act == "silu" else _relu
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, D] -> [B, T, D]."""
         return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def silu(x: mx.array) -> mx.array:
+    """x sigmoid(x). Not mlx's own, which is compiled: that has no gradient inside a forward-mode derivative."""
+    return x * mx.sigmoid(x)
 
 
 def _relu(x: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.models.layers import silu
 
 
 def patchify(images: mx.array, patch_size: int) -> mx.array:
@@ -43,7 +44,7 @@ class AngleEmbedding(nn.Module):
     def __call__(self, angle: mx.array) -> mx.array:
         """Angles [B] in radians -> [B, D]."""
         x = angle[:, None] * self._frequencies
-        return self.fc2(nn.silu(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))
+        return self.fc2(silu(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))
 
 
 class PatchEncoder(nn.Module):
@@ -82,7 +83,7 @@ class PatchDecoder(nn.Module):
     def __call__(self, hidden: mx.array, patches: mx.array, angle: mx.array) -> mx.array:
         """Hidden states [B, N, D], noisy patches [B, N, P], angle embedding [B, D] -> [B, N, P]."""
         out = self.proj(hidden)
-        return out + self.skip_gain(nn.silu(angle))[:, None] * patches if "skip_gain" in self else out
+        return out + self.skip_gain(silu(angle))[:, None] * patches if "skip_gain" in self else out
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
