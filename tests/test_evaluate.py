@@ -1,10 +1,8 @@
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_evaluation import CAPTIONS, TOML, TRAIN, VAL, write_evaluation
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
@@ -24,7 +23,7 @@ from mlx_transfusion.evaluation.config import DATA_VARIABLE, QUICK, load_config
 from mlx_transfusion.evaluation.data import choose, load_pairs
 from mlx_transfusion.evaluation.denoising import BUCKET_EDGES, denoising_errors
 from mlx_transfusion.evaluation.describing import describe_pictures
-from mlx_transfusion.evaluation.report import evaluate
+from mlx_transfusion.evaluation.report import QUICK_STEPS, evaluate, settings_for
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
 from mlx_transfusion.evaluation.table import table
 from mlx_transfusion.generation import Finished, Token, complete, describe
@@ -34,62 +33,10 @@ from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
 
-TRAIN, VAL = 12, 6
-CAPTIONS = [f"{color} {thing}" for thing in ("heart", "star", "cat", "dog", "hand", "moon")
-            for color in ("red", "green", "blue")]  # fmt: skip
-TOML = """
-data = "data"
-train_texts = "texts/train.jsonl"
-val_texts = "texts/val.jsonl"
-description_tokens = 6
-[train]
-rows = "pairs/train.jsonl"
-images = "pairs/train.tar"
-[val]
-rows = "pairs/val.jsonl"
-[counts]
-pictures = 5
-descriptions = 5
-losses = 5
-texts = 8
-[generation]
-steps = 2
-batch_size = 4
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """evaluate.toml beside its data: pairs in a tar (train) and in a folder (val), and texts."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    (folder / "evaluate.toml").write_text(TOML)
-    (folder / "data/pairs").mkdir(parents=True)
-    (folder / "data/texts").mkdir()
-    rng = np.random.default_rng(0)
-    files = {}
-    for i in range(TRAIN + VAL):
-        stream = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
-        files[f"{i}.png"] = stream.getvalue()
-    rows = [{"image": f"{i}.png", "text": CAPTIONS[i]} for i in range(TRAIN + VAL)]
-    rows[1]["base"] = rows[TRAIN]["base"] = "0.png"  # a variant in either split
-    with tarfile.open(folder / "data/pairs/train.tar", "w") as tar:
-        for name in list(files)[:TRAIN]:
-            member = tarfile.TarInfo(name)
-            member.size = len(files[name])
-            tar.addfile(member, io.BytesIO(files[name]))
-    for name in list(files)[TRAIN:]:
-        (folder / "data/pairs" / name).write_bytes(files[name])
-    write_rows(folder / "data/pairs/train.jsonl", rows[:TRAIN])
-    write_rows(folder / "data/pairs/val.jsonl", rows[TRAIN:])
-    texts = [{"text": f"{a} {b}"} for a in CAPTIONS for b in CAPTIONS]
-    write_rows(folder / "data/texts/train.jsonl", texts[:-20])
-    write_rows(folder / "data/texts/val.jsonl", texts[-20:])
-    return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +101,12 @@ def test_quick_takes_small_counts_and_says_so_and_progress_reaches_its_end(
     assert large.quick().counts.pictures == QUICK.pictures
     assert large.quick().counts.texts == QUICK.texts
     assert large.quick().counts.losses == 5  # never more than the config asks for
-    assert large.quick().generation.steps == 2
     calls: list[tuple[str, int, int]] = []
     report = evaluate(
         tiny_model_dir, folder / "evaluate.toml", quick=True, progress=lambda *call: calls.append(call)
     )
     assert "QUICK" in table(report)
+    assert report["settings"]["generation"]["steps"] == 2
     painting = [done for what, done, total in calls if what == "pictures, val" and total == 5 * 2]
     assert painting == sorted(painting)
     assert painting[-1] == 10
@@ -374,6 +321,32 @@ def test_data_folder_by_argument_variable_and_file(
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(UserError, match=DATA_VARIABLE):
         load_config(folder / "evaluate.toml")
+
+
+def test_overrides_change_the_toml(folder: Path, tiny_model_dir: Path) -> None:
+    config = load_config(
+        folder / "evaluate.toml", overrides=["generation.guidance=1.5", "counts.frechet=3", "compare.model=x"]
+    )
+    assert config.generation.guidance == 1.5
+    assert config.counts.frechet == 3
+    assert config.compare.model == "x"
+    with pytest.raises(UserError, match="counts: unknown key"):
+        load_config(folder / "evaluate.toml", overrides=["counts.nothing=3"])
+    with pytest.raises(UserError, match="unknown sampler 'none'"):
+        evaluate(tiny_model_dir, folder / "evaluate.toml", overrides=["generation.sampler=none"])
+
+
+def test_the_compared_model_may_lie_beside_the_toml(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    file = broken(folder, tmp_path, "[generation]", '[compare]\nmodel = "other"\n[generation]')
+    assert load_config(file).compare.model == str(tmp_path / "other")
+
+
+@pytest.mark.parametrize(("steps", "used"), [(30, QUICK_STEPS), (3, 3)])
+def test_quick_takes_few_steps(steps: int, used: int, tiny_loaded: Loaded) -> None:
+    settings = GenerationSettings(steps=steps)
+    assert settings_for(tiny_loaded, settings, quick=True).steps == used
+    assert settings_for(tiny_loaded, settings, quick=False).steps == steps
 
 
 # ---- the examples ----

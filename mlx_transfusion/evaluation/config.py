@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.training.config import _override as override_key
 
 DATA_VARIABLE = "MLX_TRANSFUSION_DATA"
 """Environment variable that names the data folder instead of the TOML's `data`."""
@@ -38,11 +40,23 @@ class Counts:
     """Validation texts of the perplexity."""
     baseline_texts: int = 10**9
     """Training texts that the n-gram baselines are fitted to."""
+    frechet: int = 1000
+    """Captions painted for the distances between sets of pictures, of each split."""
+    references: int = 5000
+    """Pictures that they are compared with, of each split."""
 
 
-QUICK = Counts(pictures=8, descriptions=8, losses=16, texts=32, baseline_texts=2000)
+QUICK = Counts(pictures=8, descriptions=8, losses=16, texts=32, baseline_texts=2000, frechet=8, references=32)
 """At most this much with `quick`, which shows that everything runs; its figures mean little."""
-QUICK_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another model, whose distances are measured on the same captions and seeds."""
+
+    model: str | None = None
+    """A folder beside the TOML, or whatever `model_io.load` takes; None compares with nothing."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class EvaluationConfig:
     """Longest description, in tokens."""
     counts: Counts = field(default_factory=Counts)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    compare: Comparison = field(default_factory=Comparison)
 
     def __post_init__(self) -> None:
         for f in fields(Counts):
@@ -76,25 +91,24 @@ class EvaluationConfig:
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"evaluation config: seed is {self.seed}, expected 0 to 2^63 - 1")
         self.generation.check()
+        self.compare.generation.check()
 
     def path(self, name: str) -> Path:
         """A data file."""
         return Path(self.data) / name
 
     def quick(self) -> EvaluationConfig:
-        """The same with small counts and few sampler steps.
-
-        As many as there are where the angles or the model decide: a consistency model takes few anyway.
-        """
+        """The same with small counts."""
         counts = {f.name: min(getattr(self.counts, f.name), getattr(QUICK, f.name)) for f in fields(Counts)}
-        generation = self.generation
-        if generation.angles is None and (generation.steps or generation.sampler):
-            generation = replace(generation, steps=min(generation.steps_in_use, QUICK_STEPS))
-        return replace(self, counts=Counts(**counts), generation=generation)
+        return replace(self, counts=Counts(**counts))
 
 
-def load_config(path: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> EvaluationConfig:
-    """Read an evaluation TOML.
+def load_config(
+    path: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> EvaluationConfig:
+    """Read an evaluation TOML; `overrides` are "key.path=value" as of a training config.
 
     The data folder is `data` if given, else the environment variable MLX_TRANSFUSION_DATA, else the TOML's
     key, which is relative to the TOML's folder. Raises UserError for a missing or unreadable file, unknown,
@@ -107,6 +121,8 @@ def load_config(path: str | os.PathLike[str], data: str | os.PathLike[str] | Non
         raise UserError(f"{path}: cannot read the evaluation config: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
+    for item in overrides:
+        override_key(table, item)
     config = from_dict(EvaluationConfig, table, str(path))
     override = data if data is not None else os.environ.get(DATA_VARIABLE)
     folder = Path(override).expanduser() if override else path.parent / config.data
@@ -114,4 +130,7 @@ def load_config(path: str | os.PathLike[str], data: str | os.PathLike[str] | Non
         raise UserError(
             f"{folder}: no such data folder: set {DATA_VARIABLE} to the folder that holds {config.train.rows}"
         )
+    other = config.compare.model
+    if other is not None and (path.parent / other).is_dir():
+        config = replace(config, compare=replace(config.compare, model=str(path.parent / other)))
     return replace(config, data=str(folder))

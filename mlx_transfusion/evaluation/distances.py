@@ -11,7 +11,8 @@ both figures take for likeness that is not there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from mlx_transfusion import noise
 from mlx_transfusion.errors import UserError
 
 LEVEL = 0.95
+HALVES = 200
+"""Pairs of random halves behind each interval."""
+FIGURES = ("frechet", "kernel")
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,6 +80,46 @@ def halves(n: int, m: int, count: int, seed: int) -> Iterator[tuple[np.ndarray, 
             noise.permutation(seed, i, n, "evaluation/halves")[: n // 2],
             noise.permutation(seed, i, m, "evaluation/halves of references")[: m // 2],
         )
+
+
+def compare_sets(
+    sets: Sequence[np.ndarray],
+    references: np.ndarray,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    count: int = HALVES,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Both distances of one or two sets of features [Q, D] from the references [R, D], with 95% intervals.
+
+    Row q of every set belongs to the same caption: halves take the same rows of both. Returns figures of each
+    set, and the ratios of the first to the second (None without a second; a ratio itself is None where a
+    figure is not positive).
+    """
+    kernels = [Kernels(s, references) for s in sets]
+    whole = np.array([[frechet(s, references), k.distance()] for s, k in zip(sets, kernels, strict=True)])
+    parts = np.zeros((count, len(sets), 2))
+    for i, (rows, columns) in enumerate(halves(len(sets[0]), len(references), count, seed)):
+        for j, (s, k) in enumerate(zip(sets, kernels, strict=True)):
+            parts[i, j] = frechet(s[rows], references[columns]), k.distance(rows, columns)
+        progress(i + 1, count)
+    figures = [
+        {
+            name: {
+                "value": float(whole[j, f]),
+                "interval": list(half_interval(float(whole[j, f]), parts[:, j, f])),
+            }
+            for f, name in enumerate(FIGURES)
+        }
+        for j in range(len(sets))
+    ]
+    if len(sets) < 2:
+        return figures, None
+    ratio: dict[str, Any] = {}
+    for f, name in enumerate(FIGURES):
+        over, under = (float(value) for value in whole[:, f])
+        interval = half_ratio_interval(over, under, parts[:, :, f])
+        ratio[name] = {"value": over / under, "interval": list(interval)} if interval is not None else None
+    return figures, ratio
 
 
 def half_interval(value: float, of_halves: np.ndarray, level: float = LEVEL) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from mlx_transfusion.evaluation.measures import (
 )
 from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.quantization import parameter_count
+from mlx_transfusion.settings import GenerationSettings, ResolvedSettings
+
+QUICK_STEPS = 8
+"""At most this many steps of a diffusion sampler with `quick`."""
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -36,24 +40,26 @@ def evaluate(
     quick: bool = False,
     *,
     data: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a model: retrieval of pictures and of descriptions, perplexity, and losses by modality.
 
     model_path: as `model_io.load` takes it. config_path: a TOML of `EvaluationConfig`. output: file for the
     report as JSON, replaced when it exists; None writes none. quick: small counts, to see that all runs.
-    data: the data folder, before MLX_TRANSFUSION_DATA and the TOML. progress(what, done, total) is called
-    often.
+    data: the data folder, before MLX_TRANSFUSION_DATA and the TOML. overrides: "key.path=value" for keys of
+    the TOML. progress(what, done, total) is called often.
 
     Returns the report; `table.table` shows it. Figures repeat with the same model, config and machine. Raises
     UserError for bad input, before anything is measured.
     """
-    config = load_config(config_path, data)
+    config = load_config(config_path, data, overrides)
     if quick:
         config = config.quick()
     if output is not None:
         check_writable(Path(output))
     loaded = load(model_path)
+    config = dataclasses.replace(config, generation=settings_for(loaded, config.generation, quick))
     report = measure(loaded, config, quick, progress or (lambda what, done, total: None))
     if output is not None:
         write_json(Path(output), report)
@@ -90,28 +96,43 @@ def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Pro
     return report
 
 
+def settings_for(loaded: Loaded, generation: GenerationSettings, quick: bool) -> ResolvedSettings:
+    """What the model is painted with; fewer steps when `quick`. Raises UserError where it cannot."""
+    settings = generation.for_model(loaded.extra, loaded.name)
+    if quick and settings.angles is None:
+        settings = dataclasses.replace(settings, steps=min(settings.steps, QUICK_STEPS))
+    return settings
+
+
 def _head(loaded: Loaded, config: EvaluationConfig, quick: bool) -> dict[str, Any]:
     """What was measured, on what, and how: enough to measure it again."""
+    files = [config.train.rows, config.val.rows, config.train_texts, config.val_texts]
+    head = run_record(config, quick, files)
+    return head | {"model": model_record(loaded), "losses": {}, "descriptions": {}, "pictures": {}}
+
+
+def model_record(loaded: Loaded) -> dict[str, Any]:
+    """Which model was measured."""
+    return {
+        "name": loaded.name,
+        "fingerprint": loaded.fingerprint,
+        "parameters": parameter_count(loaded.model),
+    }
+
+
+def run_record(config: EvaluationConfig, quick: bool, files: Sequence[str]) -> dict[str, Any]:
+    """Version, settings, and the hashes of the data files and of the pictures that are files."""
     from mlx_transfusion import __version__
 
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples: as it is read back
-    settings["generation"]["steps"] = config.generation.steps_in_use
     del settings["data"]  # where the data lay is no setting; its contents are told by their hashes
-    files = [config.train.rows, config.val.rows, config.train_texts, config.val_texts]
-    files += [pairs.images for pairs in (config.train, config.val) if pairs.images is not None]
+    images = [pairs.images for pairs in (config.train, config.val) if pairs.images is not None]
+    paths = {name: config.path(name) for name in (*files, *images)}
     return {
         "version": __version__,
-        "model": {
-            "name": loaded.name,
-            "fingerprint": loaded.fingerprint,
-            "parameters": parameter_count(loaded.model),
-        },
         "quick": quick,
         "settings": settings,
-        "data_sha256": {name: _sha256(config.path(name)) for name in files if config.path(name).is_file()},
-        "losses": {},
-        "descriptions": {},
-        "pictures": {},
+        "data_sha256": {name: _sha256(path) for name, path in paths.items() if path.is_file()},
     }
 
 

@@ -11,19 +11,62 @@ Row = Sequence[str]
 
 def table(report: dict[str, Any]) -> str:
     """All figures of a report in a few aligned tables."""
-    model, settings = report["model"], report["settings"]
-    generation = settings["generation"]
-    head = (
-        f"{model['name']} ({model['fingerprint']}, {model['parameters'] / 1e6:.1f} M parameters), "
-        f"seed {settings['seed']}; {generation['sampler']}, {generation['steps']} steps, "
-        f"guidance {generation['guidance']:g}"
-    )
-    parts = [head] if not report["quick"] else [head, "QUICK: counts too small for the figures to mean much"]
+    parts = _head(report)
     parts += [
         _aligned(rows) for rows in (_retrieval(report), _denoising(report), _captions(report), _text(report))
     ]
     parts.append(f"Intervals are 95% bootstrap intervals. {report['seconds']['total']:.0f} seconds.")
     return "\n\n".join(parts)
+
+
+def distance_table(report: dict[str, Any]) -> str:
+    """All figures of a report of `set_distances.evaluate_distances`."""
+    parts = _head(report)
+    if (other := report.get("compared")) is not None:
+        compared = _described(other, report["settings"]["compare"]["generation"])
+        parts.append(f"compared with {compared}")
+    parts += [_aligned(_distances(name, split)) for name, split in report["distances"].items()]
+    parts.append(
+        f"Features of {report['features']['network']}; 95% intervals from random halves; Frechet distances "
+        f"of sets of different sizes do not compare. {report['seconds']['total']:.0f} seconds."
+    )
+    return "\n\n".join(parts)
+
+
+def _distances(name: str, split: dict[str, Any]) -> list[Row]:
+    title = f"{name}: {split['count']} painted, {split['references']} real"
+    rows: list[Row] = [[title, "Frechet", "1000 x kernel", "nearest is its own", "... or a variant"]]
+    for role in ("model", "compared"):
+        if (part := split.get(role)) is not None:
+            figures = (_distance(part["frechet"]), _distance(part["kernel"], 1000))
+            rates = (_rate(part["retrieval"][key]) for key in ("exact", "variant"))
+            rows.append([role, *figures, *rates])
+    if (ratio := split.get("ratio")) is not None:
+        rows.append(["model / compared", _distance(ratio["frechet"]), _distance(ratio["kernel"]), "", ""])
+    floor = split["floor"]
+    count = f"floor: {floor['count']} {floor['what']}, {floor['references']} real"
+    rows.append([count, f"{floor['frechet']:.3f}", f"{1000 * floor['kernel']:.3f}", "", ""])
+    return rows
+
+
+def _distance(figure: dict[str, Any] | None, factor: float = 1.0) -> str:
+    if figure is None:
+        return "not positive"
+    low, high = figure["interval"]
+    return f"{factor * figure['value']:.3f} [{factor * low:.3f}, {factor * high:.3f}]"
+
+
+def _head(report: dict[str, Any]) -> list[str]:
+    settings = report["settings"]
+    head = f"{_described(report['model'], settings['generation'])}, seed {settings['seed']}"
+    return [head, "QUICK: counts too small for the figures to mean much"] if report["quick"] else [head]
+
+
+def _described(model: dict[str, Any], generation: dict[str, Any]) -> str:
+    return (
+        f"{model['name']} ({model['fingerprint']}, {model['parameters'] / 1e6:.1f} M parameters); "
+        f"{generation['sampler']}, {generation['steps']} steps, guidance {generation['guidance']:g}"
+    )
 
 
 def _retrieval(report: dict[str, Any]) -> list[Row]:
