@@ -82,6 +82,8 @@ def rms(x: mx.array) -> mx.array:
 def rescale(g: mx.array, how: str = "normalize", constant: float = TANGENT_CONSTANT) -> mx.array:
     """The tangent [M, ...] made harmless: "normalize" to g / (|g| + c), "clip" to [-1, 1], or "none".
 
+    constant: c, which keeps a tangent near zero from being blown up to full length.
+
     |g| is the root mean square over an image. The paper writes the plain norm, which is larger by the square root
     of the number of elements D; the learned weight undoes the difference in the end, but only the mean form has
     the gradient scale of the diffusion loss that it replaces from the first step on, whatever the image size. A

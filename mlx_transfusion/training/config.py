@@ -71,6 +71,9 @@ class ConsistencyConfig:
     """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none."""
     tangent: str = "normalize"
     """"normalize" (to unit length), "clip" (to [-1, 1]) or "none" (section 4.2)."""
+    tangent_constant: float = 0.1
+    """c of g / (|g| + c), with |g| the root mean square. Tangents well below it are left small: near pi/2, where g
+    holds a factor cos(angle), a large c would leave nothing to learn from."""
     tangent_warmup: int = 200
     """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once."""
     adaptive_weight: bool = True
@@ -189,6 +192,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
         ("valid_every", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
          "optimizer.clip", "consistency.guidance", "consistency.tangent_warmup",
+         "consistency.tangent_constant",
          "consistency.valid_pictures"), (0, math.inf)),
     **dict.fromkeys(
         ("ema", "data.caption_first", "data.caption_drop", "data.flip", "optimizer.final_fraction",

@@ -189,7 +189,7 @@ class ConsistencyStep(Step):
         network = partial(self._model.paint, prefix=prefix, lengths=p.lengths)
         value = consistency.value_and_derivative(network, p.x, p.angle, cos_velocity)
         raw = consistency.tangent(value, p.x, p.angle, cos_velocity, warmup)
-        g = consistency.rescale(raw, self._settings.tangent)
+        g = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])
