@@ -4,12 +4,13 @@ config.json                   ModelConfig's fields, and the extra tables of EXTR
 model.safetensors             weights, or model-00001-of-0000N.safetensors above 5 GiB
 model.safetensors.index.json  which file holds which weight
 tokenizer.model               SentencePiece (or tokenizer.json)
+
+A folder can also hold nothing but the difference from another model, an adapter (lora.py); it is read the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_transfusion import lora
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_path import CONFIG_FILE, display_name, resolve
+from mlx_transfusion.model_files import (
+    check_shapes,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from mlx_transfusion.model_path import ADAPTER_CONFIG, CONFIG_FILE, display_name, is_adapter, resolve
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
@@ -53,8 +62,13 @@ class Loaded:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 of the weight files' bytes: which weights these are."""
+        """First 16 hex digits of the SHA-256 of the weight files' bytes: which weights these are.
+
+        Of an adapter: of its scale, its file and the files of its base.
+        """
         digest = hashlib.sha256()
+        if is_adapter(self.path):
+            digest.update(repr(lora.read_adapter_config(self.path).lora_parameters.scale).encode())
         for file in weight_files(self.path):
             with file.open("rb") as stream:
                 while block := stream.read(1 << 22):
@@ -63,13 +77,17 @@ class Loaded:
 
 
 def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None = None) -> Loaded:
-    """Read a model: None or "emoji" (bundled), a folder, or "org/name" of the Hugging Face hub.
+    """Read a model: None or a bundled name, a folder, or "org/name" of the Hugging Face hub.
 
     dtype: of the floating-point weights; None keeps the stored one, except on the CPU, where it is float32
-    and quantised weights are expanded (half-precision and quantised products are 40 times slower there).
-    Raises UserError for whatever is missing, corrupt or does not fit the config.
+    and quantised weights are expanded (half-precision and quantised products are 40 times slower there). An
+    adapter is added to its base, whose quantised weights are expanded everywhere.
+    Raises UserError for whatever is missing, corrupt or does not fit the config, and for an adapter whose base
+    is not the one it was made for.
     """
     path = resolve(name)
+    if is_adapter(path):
+        return _load_adapter(path, display_name(name, path), dtype)
     config, extra = read_config(path)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     if dtype is None and on_cpu:
@@ -95,6 +113,27 @@ def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None =
     return Loaded(model, tokenizer, config, path, display_name(name, path), extra)
 
 
+def _load_adapter(path: Path, name: str, dtype: mx.Dtype | None) -> Loaded:
+    config, extra = read_config(path)
+    adapter = lora.read_adapter_config(path)
+    base = load(lora.base_folder(path, adapter))
+    if base.fingerprint != adapter.model_fingerprint:
+        raise UserError(
+            f"{path}: this adapter belongs to {adapter.model} with weights {adapter.model_fingerprint}, and "
+            f"{base.path} has weights {base.fingerprint}: use the right model, or extract the adapter again"
+        )
+    dequantize(base.model)
+    weights = lora.fuse(base.model, adapter, lora.read_adapter(path, adapter, base.model))
+    model = build(config)  # what it predicts may differ from the base
+    check_weights(model, weights, str(path))
+    model.load_weights(list(weights.items()))
+    if dtype is not None:
+        model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return Loaded(model, base.tokenizer, config, path, name, extra)
+
+
 def build(config: ModelConfig) -> Transfusion:
     """A model with fresh (lazy, not yet allocated) weights. Raises UserError for an unknown `model_type`."""
     if config.model_type not in FAMILIES:
@@ -117,16 +156,18 @@ def load_config(name: str | os.PathLike[str] | None = None) -> ModelConfig:
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """config.json of a model folder: the model's fields, and the extra tables. Raises UserError."""
+    """config.json of a model folder: the model's fields, and the extra tables. Raises UserError.
+
+    Of an adapter: its base's fields with its own over them, and its objective.
+    """
+    if is_adapter(path):
+        adapter = lora.read_adapter_config(path)
+        base, _ = read_config(lora.base_folder(path, adapter))
+        fields = base.to_dict() | adapter.config
+        own = {} if adapter.objective is None else {"objective": adapter.objective}
+        return ModelConfig.from_dict(fields, f"{path / ADAPTER_CONFIG}: config"), own
     file = path / CONFIG_FILE
-    try:
-        data = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the config: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: expected an object, found {type(data).__name__}")
+    data = read_json(file)
     extra = {key: data.pop(key) for key in EXTRA_KEYS if key in data}
     return ModelConfig.from_dict(data, str(file)), extra
 
@@ -135,13 +176,19 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a model folder, by its index if it has one. Raises UserError when it has none."""
+    """The weight files of a model folder, by its index if it has one; an adapter's own, and those of its base.
+
+    Raises UserError when there are none.
+    """
+    if is_adapter(path):
+        adapter = lora.read_adapter_config(path)
+        return [lora.adapter_file(path), *weight_files(lora.base_folder(path, adapter))]
     index = path / INDEX_FILE
     if index.is_file():
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
             files = [path / name for name in sorted(names)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a readable weight index: {error}") from error
         absent = [file.name for file in files if not file.is_file()]
         if absent:
@@ -154,29 +201,17 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
-    """All (lazy) weights of a model folder. Raises UserError for a corrupt file."""
+    """All (lazy) weights of a model folder that is no adapter. Raises UserError for a corrupt file."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(path):
-        try:
-            weights |= mx.load(str(file))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{file}: corrupt weights, copy or download the file again: {error}") from error
+        weights |= read_safetensors(file)
     return weights
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, mx.array], where: str) -> None:
     """Raises UserError listing missing, unexpected and misshapen weights (mlx accepts some of the last)."""
     expected = {name: value.shape for name, value in flat_parameters(model).items()}
-    faults = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
-    faults += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
-    faults += [
-        f"{name} has shape {list(weights[name].shape)}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & weights.keys())
-        if tuple(weights[name].shape) != tuple(expected[name])
-    ]
-    if faults:
-        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise UserError(f"{where}: the weights do not fit the config: {shown}")
+    check_shapes(expected, weights, f"{where}: the weights do not fit the config")
 
 
 def save_model(
@@ -207,7 +242,7 @@ def save_model(
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
         _save_weights(path, weights, parameter_count(model))
-        _write_json(path / CONFIG_FILE, config)
+        write_json(path / CONFIG_FILE, config)
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write the model: {error}") from error
     return path
@@ -229,17 +264,11 @@ def _save_weights(path: Path, weights: dict[str, mx.array], parameters: int) -> 
         name = (
             "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         )
-        temporary = path / f".{name}.partial.safetensors"
-        try:
-            mx.save_safetensors(str(temporary), shard, {"format": "mlx"})
-            _sync(temporary)
-            os.replace(temporary, path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_safetensors(path / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     size = sum(value.nbytes for value in weights.values())
     metadata = {"total_size": size, "total_parameters": parameters}
-    _write_json(path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+    write_json(path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _shards(weights: dict[str, mx.array], limit: int) -> list[dict[str, mx.array]]:
@@ -253,19 +282,3 @@ def _shards(weights: dict[str, mx.array], limit: int) -> list[dict[str, mx.array
         shards[-1][name] = value
         size += value.nbytes
     return shards
-
-
-def _write_json(file: Path, data: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        temporary.write_text(json.dumps(data, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(file: Path) -> None:
-    """Force a file to the disk, so that a rename after it never shows a name without the bytes."""
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())

@@ -16,9 +16,11 @@ DEFAULT_MODEL = "emoji"
 """The one of them that is used when none is named."""
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""Stands in a folder that has only the difference from another model (lora.py)."""
 
 # What a model folder may hold for us; never code.
-HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model"]
+HUB_FILES = ["*.json", "model*.safetensors", "adapters.safetensors", "tokenizer.model"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,8 +32,25 @@ def resolve(name: str | os.PathLike[str] | None) -> Path:
     """
     text = DEFAULT_MODEL if name is None else os.fspath(name)
     path = Path(text).expanduser()
-    if path.exists():
-        return _checked(path)
+    return _checked(path) if path.exists() else _named(text)
+
+
+def resolve_beside(name: str, folder: Path) -> Path:
+    """As `resolve`, for the name of a model in a file of `folder`: a folder's name is relative to that one.
+
+    What the current folder holds has no say.
+    """
+    path = folder / name
+    return _checked(path) if path.exists() else _named(name)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a difference from another model. One with a config of its own is a whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG_FILE).is_file()
+
+
+def _named(text: str) -> Path:
+    """A bundled model or one of the hub."""
     if text in BUNDLED:
         return _bundled(text)
     if not _HUB_ID.fullmatch(text) or text.startswith("."):
@@ -62,7 +81,7 @@ def _bundled(name: str) -> Path:
 def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} is not a model folder: expected a folder with {CONFIG_FILE} and weights")
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / CONFIG_FILE).is_file() and not is_adapter(path):
         raise UserError(f"{path} is not a model folder: it has no {CONFIG_FILE}")
     return path
 

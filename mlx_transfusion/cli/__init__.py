@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_transfusion.cli import tokenizer
+from mlx_transfusion.cli import lora, tokenizer
 from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.describe import describe
 from mlx_transfusion.cli.distill import distill
@@ -31,6 +31,7 @@ app = typer.Typer(
 for verb in (generate, describe, complete, info, train, distill, evaluate):
     app.command()(verb)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(lora.app, name="lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
