@@ -15,7 +15,7 @@ from tiny_evaluation import TRAIN, VAL, write_evaluation
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.evaluation import painters, set_distances
+from mlx_transfusion.evaluation import array_file, painters, set_distances
 from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
 from mlx_transfusion.evaluation.config import load_config
 from mlx_transfusion.evaluation.data import load_pairs
@@ -346,6 +346,38 @@ def test_what_is_kept_is_not_computed_again(
     renamed.fingerprint = "colors/2"
     with pytest.raises(AssertionError, match="computed again"):
         run(extractor=renamed)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_file, "CHUNK", 5)
+    real = painters.generate_images
+    painted: list[int] = []
+    limit = 2
+
+    def interrupted(loaded: Any, captions: Any, *rest: Any) -> Any:
+        if len(painted) == limit:
+            raise KeyboardInterrupt
+        painted.append(len(captions))
+        return real(loaded, captions, *rest)
+
+    def run(**more: Any) -> dict[str, Any]:
+        return evaluate_distances(tiny_model_dir, folder / "evaluate.toml", extractor=Colors(), **more)
+
+    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(painters, "generate_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(cache=tmp_path / "kept.npz", progress=lambda *call: calls.append(call))
+    assert painted == [5, 5]
+    limit = 100
+    made = run(cache=tmp_path / "kept.npz", progress=lambda *call: calls.append(call))
+    assert painted == [5, 5, TRAIN - 10, 5, VAL - 5]
+    assert [done for what, done, _ in calls if what == "features, train"] == [5, 10, 12]
+    counts = [(done, total) for what, done, total in calls if what == "pictures, tiny, train"]
+    assert counts == sorted(counts)
+    assert counts[-1] == (2 * TRAIN, 2 * TRAIN)
+    assert {**run(), "seconds": None} == {**made, "seconds": None}
 
 
 def test_array_names_depend_on_everything() -> None:

@@ -7,13 +7,21 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_transfusion.errors import UserError
+
+CHUNK = 250
+"""Rows that are kept together: what an interruption costs at most."""
+
+
+def chunks(total: int) -> Iterator[slice]:
+    """0..total-1 in runs of CHUNK."""
+    return (slice(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
 
 
 class ArrayFile:

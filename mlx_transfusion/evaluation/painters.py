@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
+from mlx_transfusion.evaluation.array_file import ArrayFile, array_name, chunks
 from mlx_transfusion.evaluation.config import EvaluationConfig
 from mlx_transfusion.evaluation.measures import Progress
 from mlx_transfusion.evaluation.report import settings_for
@@ -32,18 +33,25 @@ class Painter:
         self, captions: Sequence[str], seeds: Sequence[int], kept: ArrayFile, progress: Progress
     ) -> np.ndarray:
         """A picture of each caption, painted or as it was kept: uint8 [Q, H, W, 3]."""
-        evaluations = 0
+        parts = []
+        for rows in chunks(len(captions)):
+            work = partial(self._paint, captions, seeds, rows, progress)
+            parts.append(kept.get(self._name(captions[rows], seeds[rows]), work))
+        return np.concatenate(parts)
+
+    def _paint(
+        self, captions: Sequence[str], seeds: Sequence[int], rows: slice, progress: Progress
+    ) -> np.ndarray:
+        """The pictures of some rows; progress counts all."""
+        done = rows.start * self.settings.steps
 
         def on_step(step: Step) -> None:
-            nonlocal evaluations
-            evaluations += len(step.indices)
-            progress(evaluations, len(captions) * step.steps)
+            nonlocal done
+            done += len(step.indices)
+            progress(done, len(captions) * self.settings.steps)
 
-        def work() -> np.ndarray:
-            made = generate_images(self.loaded, captions, seeds, self.settings, on_step)
-            return np.stack([image.pixels for image in made])
-
-        return kept.get(self._name(captions, seeds), work)
+        made = generate_images(self.loaded, captions[rows], seeds[rows], self.settings, on_step)
+        return np.stack([image.pixels for image in made])
 
     def _name(self, captions: Sequence[str], seeds: Sequence[int]) -> str:
         """What decides the pictures, for the file that keeps them."""

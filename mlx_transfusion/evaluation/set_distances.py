@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
+from mlx_transfusion.evaluation.array_file import ArrayFile, array_name, chunks
 from mlx_transfusion.evaluation.config import EvaluationConfig, load_config
 from mlx_transfusion.evaluation.data import Pairs, choose, load_pairs, shuffled
 from mlx_transfusion.evaluation.distances import compare_sets, frechet, kernel_distance
@@ -168,8 +168,17 @@ def _measure(
 def _features(
     pixels: np.ndarray, extractor: FeatureExtractor, kept: ArrayFile, progress: Count
 ) -> np.ndarray:
-    name = array_name("features", {"extractor": extractor.fingerprint}, pixels)
-    return kept.get(name, lambda: extract(extractor, pixels, progress))
+    """Features of pictures [M, H, W, 3], computed or as they were kept: float32 [M, D]."""
+    parts = []
+    for rows in chunks(len(pixels)):
+        name = array_name("features", {"extractor": extractor.fingerprint}, pixels[rows])
+        count_up = partial(_shifted, progress, rows.start, len(pixels))
+        parts.append(kept.get(name, partial(extract, extractor, pixels[rows], count_up)))
+    return np.concatenate(parts)
+
+
+def _shifted(progress: Count, start: int, total: int, done: int, _: int) -> None:
+    progress(start + done, total)
 
 
 def _retrieval(split: Split, pixels: np.ndarray, seed: int) -> dict[str, Any]:
