@@ -70,7 +70,7 @@ def display_name(name: str | os.PathLike[str] | None, path: Path) -> str:
 
 def _bundled(name: str) -> Path:
     path = Path(str(resources.files("mlx_transfusion") / "bundled" / name))
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / CONFIG_FILE).is_file() and not is_adapter(path):
         raise UserError(
             f'the bundled model "{name}" is missing from this installation: install the package again, '
             "or name another model with --model"

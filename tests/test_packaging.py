@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlx_transfusion
+from mlx_transfusion import model_path
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = {
@@ -69,9 +70,20 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(clean_tree: 
 def test_the_wheel_holds_the_bundled_model_and_the_converters(wheel: Path) -> None:
     wanted = {*BUNDLED, "mlx_transfusion/convert/__init__.py", "mlx_transfusion/py.typed"}
     assert wanted <= names(wheel)
-    with zipfile.ZipFile(wheel) as archive:
-        bundled = sum(archive.getinfo(name).file_size for name in BUNDLED)
-    assert bundled <= 16e6
+
+
+def test_the_bundled_models_are_whole_and_small() -> None:
+    """The teacher at most 16 MB, all folders together at most 24 MB, each with a config and weights."""
+    sizes = {
+        folder.name: {file.name: file.stat().st_size for file in folder.iterdir()}
+        for folder in (ROOT / "mlx_transfusion" / "bundled").iterdir()
+    }
+    assert {"emoji"} <= set(sizes) <= set(model_path.BUNDLED)
+    for name, files in sizes.items():
+        whole = {"config.json", "model.safetensors", "tokenizer.model"} <= set(files)
+        assert whole or {"adapter_config.json", "adapters.safetensors"} <= set(files), name
+    assert sum(sizes["emoji"].values()) <= 16e6
+    assert sum(sum(files.values()) for files in sizes.values()) <= 24e6
 
 
 def test_the_wheel_carries_the_licences_and_the_version(wheel: Path) -> None:
