@@ -41,6 +41,12 @@ class ModelConfig:
     image_width: int = 32
     image_channels: int = 3
     patch_size: int = 8
+    patch_encoder: str = "linear"
+    """"linear", or "unet": convolutions down to the patches and up again, with skips (arXiv 2408.11039, 3.3)."""
+    unet_channels: int = 64
+    """Channels of the U-Net at full size, doubled by each of its log2(patch_size) halvings; a multiple of 4."""
+    unet_blocks: int = 2
+    """Residual blocks of the U-Net at each size, on the way down and on the way up."""
     patch_positions: str = "none"
     """"none" (the paper: raster order through RoPE alone) or "learned" (one added vector per patch place)."""
     patch_skip: bool = False
@@ -67,9 +73,11 @@ class ModelConfig:
         _one_of("hidden_act", self.hidden_act, ("silu", "relu"))
         _one_of("prediction", self.prediction, ("epsilon", "velocity"))
         _one_of("patch_positions", self.patch_positions, ("none", "learned"))
+        _one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "image_height", "image_width", "image_channels", "patch_size", "time_frequencies",
-                     "image_std", "rms_norm_eps", "rope_theta", "max_position"):  # fmt: skip
+                     "image_std", "rms_norm_eps", "rope_theta", "max_position", "unet_channels",
+                     "unet_blocks"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -87,6 +95,8 @@ class ModelConfig:
                 f"model config: image {self.image_width}x{self.image_height} cannot be cut into patches of "
                 f"{self.patch_size}; choose a patch_size that divides both"
             )
+        if self.patch_encoder == "unet":
+            self._check_unet()
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi"):
             if not 0 <= getattr(self, f"{name}_token_id") < self.vocab_size:
                 raise UserError(
@@ -97,6 +107,18 @@ class ModelConfig:
             raise UserError(
                 f"model config: image_mean has {len(self.image_mean)} values, expected one for each of the "
                 f"{self.image_channels} channels"
+            )
+
+    def _check_unet(self) -> None:
+        if self.patch_size & (self.patch_size - 1):
+            raise UserError(
+                f'model config: patch_encoder "unet" halves the picture down to its patches, so patch_size '
+                f"{self.patch_size} must be a power of two"
+            )
+        if self.unet_channels % 4:
+            raise UserError(
+                f"model config: unet_channels is {self.unet_channels}, expected a multiple of 4 "
+                "(groups of 4 channels are normalised together)"
             )
 
     @property
@@ -152,12 +174,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The paper's table 2, keyed by its names; feed-forward widths follow Llama's rounding to 256."""
 
+PAPER_UNET: dict[str, Any] = {"patch_encoder": "unet", "unet_channels": 640, "unet_blocks": 2}
+"""What turns a preset into the paper's U-Net variant: 0.27 billion more parameters at 7B (models/unet.py)."""
+_UNET = "-unet"
+
 
 def preset(name: str) -> ModelConfig:
-    """The paper's model of that size; raises UserError for an unknown name."""
-    if name not in PRESETS:
-        raise UserError(f'preset "{name}" is unknown, expected one of {", ".join(PRESETS)}')
-    return ModelConfig(**PRESETS[name])
+    """The paper's model of that size, "7b-unet" with its U-Net; raises UserError for an unknown name."""
+    size = name.removesuffix(_UNET)
+    if size not in PRESETS:
+        raise UserError(
+            f'preset "{name}" is unknown, expected one of {", ".join(PRESETS)}, with or without "{_UNET}" behind it'
+        )
+    return ModelConfig(**PRESETS[size] | (PAPER_UNET if name.endswith(_UNET) else {}))
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
@@ -215,4 +244,4 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-__all__ = ["PRESETS", "ModelConfig", "from_dict", "preset"]
+__all__ = ["PAPER_UNET", "PRESETS", "ModelConfig", "from_dict", "preset"]

@@ -1,4 +1,4 @@
-"""Images to token vectors and back: patchify, and the paper's linear patch encoder and decoder.
+"""Images to token vectors and back: patchify, and the paper's patch encoders and decoders, linear or U-Net.
 
 Patches are in raster order; inside a patch the elements run row, column, channel.
 """
@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.unet import Skips, UNetDown, UNetUp
 
 
 def patchify(images: mx.array, patch_size: int) -> mx.array:
@@ -48,42 +49,64 @@ class AngleEmbedding(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Linear patch encoder; the angle embedding is added to every patch (arXiv 2408.11039, footnote 6).
+    """Patches to token vectors: one linear layer, or a U-Net's way down; the angle embedding is added to each.
 
     It is added behind the linear layer, in the model's width, where it cannot collide with the few dimensions
-    of a patch; seen from the transformer this contains the paper's form.
+    of a patch; seen from the transformer this contains the paper's form (arXiv 2408.11039, footnote 6). Behind
+    the U-Net, which is steered by the angle itself, it stays: normalisation may have taken the angle's trace away.
+    Learned positions are added to either.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.patch_dim, config.hidden_size)
+        self._shape = config.image_height, config.image_width, config.patch_size
+        if config.patch_encoder == "unet":
+            self.unet = UNetDown(config)
+        else:
+            self.proj = nn.Linear(config.patch_dim, config.hidden_size)
         if config.patch_positions == "learned":
             self.position = 0.02 * mx.random.normal((config.patches_per_image, config.hidden_size))
 
-    def __call__(self, patches: mx.array, angle: mx.array) -> mx.array:
-        """Noisy patches [B, N, P] and their angle embedding [B, D] -> token vectors [B, N, D]."""
-        x = self.proj(patches) + angle[:, None]
-        return x + self.position if "position" in self else x
+    def __call__(self, patches: mx.array, angle: mx.array) -> tuple[mx.array, Skips]:
+        """Noisy patches [B, N, P] and their angle embedding [B, D] -> token vectors [B, N, D].
+
+        With them come the skips that the decoder of the same pass needs; the linear encoder has none.
+        """
+        x, skips = (
+            self.unet(unpatchify(patches, *self._shape), angle)
+            if "unet" in self
+            else (self.proj(patches), ())
+        )
+        x = x + angle[:, None]
+        return (x + self.position if "position" in self else x), skips
 
 
 class PatchDecoder(nn.Module):
-    """Linear patch decoder: hidden states back to image elements. Starts at zero, the mean of its target.
+    """Hidden states back to image elements: one linear layer, or a U-Net's way up. Starts at zero, its target's mean.
 
     With `patch_skip` it adds each element of the noisy patch times a gain that depends on the angle. The part of
     the target that is linear in the input (all of it, for white data) then need not travel through the
-    transformer, whose width is hardly more than a large patch has elements.
+    transformer, whose width is hardly more than a large patch has elements. A U-Net has a way past the transformer
+    already, but one of normalised features; the gain is exact, and may be had beside it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = _zero_linear(config.hidden_size, config.patch_dim)
+        self._patch_size = config.patch_size
+        if config.patch_encoder == "unet":
+            self.unet = UNetUp(config)
+        else:
+            self.proj = _zero_linear(config.hidden_size, config.patch_dim)
         if config.patch_skip:
             self.skip_gain = _zero_linear(config.hidden_size, config.patch_dim)
 
-    def __call__(self, hidden: mx.array, patches: mx.array, angle: mx.array) -> mx.array:
-        """Hidden states [B, N, D], noisy patches [B, N, P], angle embedding [B, D] -> [B, N, P]."""
-        out = self.proj(hidden)
+    def __call__(self, hidden: mx.array, patches: mx.array, angle: mx.array, skips: Skips = ()) -> mx.array:
+        """Hidden states [B, N, D] -> [B, N, P]; noisy patches [B, N, P], angle embedding [B, D], its skips."""
+        out = self._unet(hidden, angle, skips) if "unet" in self else self.proj(hidden)
         return out + self.skip_gain(silu(angle))[:, None] * patches if "skip_gain" in self else out
+
+    def _unet(self, hidden: mx.array, angle: mx.array, skips: Skips) -> mx.array:
+        return patchify(self.unet(hidden, angle, skips), self._patch_size)
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -20,6 +20,7 @@ from mlx_transfusion.models.patches import (
     patchify,
     unpatchify,
 )
+from mlx_transfusion.models.unet import Skips
 
 
 class TrainArrays(NamedTuple):
@@ -36,7 +37,7 @@ class TrainArrays(NamedTuple):
 
 
 class Transfusion(nn.Module):
-    """Text embedding and head, linear patch encoder and decoder, and one decoder in between."""
+    """Text embedding and head, patch encoder and decoder (linear or U-Net), and one transformer in between."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,15 +79,15 @@ class Transfusion(nn.Module):
         x = self.embed_tokens(batch.ids)
         if m:  # text alone has no patches, and an empty array can neither be reshaped nor looked up
             angle = self.angle_embedding(batch.angle)
-            tokens = self._patch_tokens(batch.patches, angle).reshape(m * n, -1)
-            x = mx.where(batch.is_image, tokens[batch.patch_row], x)
+            tokens, skips = self._patch_tokens(batch.patches, angle)
+            x = mx.where(batch.is_image, tokens.reshape(m * n, -1)[batch.patch_row], x)
         hidden, _ = self._run(x, batch.mask, 0, [None] * len(self.layers))
         x = hidden.reshape(-1, hidden.shape[-1])
         logits = self.lm_head(x[batch.text_index])
         if not m:
             return logits, batch.patches
         patches = x[batch.patch_index].reshape(m, n, -1)
-        return logits, self.patch_decoder(patches, batch.patches, angle)
+        return logits, self.patch_decoder(patches, batch.patches, angle, skips)
 
     # ---- distillation: the same passes on plain arrays, differentiable and of fixed shape ------------------------
 
@@ -108,8 +109,9 @@ class Transfusion(nn.Module):
         n, columns = x.shape[1], prefix[0][0].shape[2]
         seen = mx.arange(columns) < lengths[:, None]
         mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
-        hidden, _ = self._run(self._patch_tokens(x, embedded), mask, lengths, prefix)
-        return self.patch_decoder(hidden, x, embedded)
+        tokens, skips = self._patch_tokens(x, embedded)
+        hidden, _ = self._run(tokens, mask, lengths, prefix)
+        return self.patch_decoder(hidden, x, embedded, skips)
 
     def cos_velocity(
         self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array
@@ -143,15 +145,18 @@ class Transfusion(nn.Module):
 
     def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
         """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache."""
-        hidden, embedded = self._decode_image(x, angle, cache, store=False)
-        out = self.patch_decoder(hidden, x, embedded)
+        embedded = self.angle_embedding(angle)
+        tokens, skips = self._patch_tokens(x, embedded)
+        hidden = self._decode_image(tokens, cache, store=False)
+        out = self.patch_decoder(hidden, x, embedded, skips)
         if self.config.prediction == "velocity":
             return out
         return trigflow.velocity_from_eps(x, out, angle[:, None, None])
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read CLEAN patches [B, N, P] (angle 0) into `cache`, so that what follows sees the finished picture."""
-        self._decode_image(x0, mx.zeros((x0.shape[0],)), cache, store=True)
+        embedded = self.angle_embedding(mx.zeros((x0.shape[0],)))
+        self._decode_image(self._patch_tokens(x0, embedded)[0], cache, store=True)
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, C] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
@@ -164,23 +169,20 @@ class Transfusion(nn.Module):
         x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
         return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
 
-    def _patch_tokens(self, patches: mx.array, embedded: mx.array) -> mx.array:
-        """Token vectors [B, N, D] of noisy patches, in the decoder's precision.
+    def _patch_tokens(self, patches: mx.array, embedded: mx.array) -> tuple[mx.array, Skips]:
+        """Token vectors [B, N, D] of noisy patches, in the decoder's precision, and the encoder's skips.
 
         The angle's sines are always float32, and one float32 addend would turn the whole decoder into float32.
         """
-        return self.patch_encoder(patches, embedded).astype(self.norm.weight.dtype)
+        tokens, skips = self.patch_encoder(patches, embedded)
+        return tokens.astype(self.norm.weight.dtype), skips
 
-    def _decode_image(
-        self, x: mx.array, angle: mx.array, cache: KVCache, store: bool
-    ) -> tuple[mx.array, mx.array]:
-        """Hidden states of the patches [B, N, D] and the angle embedding [B, D]."""
-        embedded = self.angle_embedding(angle)
-        new = np.ones(x.shape[:2], bool)
+    def _decode_image(self, tokens: mx.array, cache: KVCache, store: bool) -> mx.array:
+        """Hidden states of one picture's token vectors [B, N, D] behind the cache, and into it if `store`."""
+        new = np.ones(tokens.shape[:2], bool)
         visible = cache.visible(new)
         mask = None if visible.all() else mx.array(visible[:, None, None])
-        tokens = self._patch_tokens(x, embedded)
-        return self._decode_tokens(tokens, mask, cache, new if store else None), embedded
+        return self._decode_tokens(tokens, mask, cache, new if store else None)
 
     def _decode_tokens(self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None) -> mx.array:
         """Run the decoder on new token vectors [B, T, D]; `store` (which of them are real) puts them in the cache."""
