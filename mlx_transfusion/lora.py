@@ -2,13 +2,14 @@
 
     W' = W + scale * A B        A [m, r], B [r, n]: the difference of a matrix [m, n] from r of its directions
 
-The files have the names of mlx-lm's adapters. In `adapters.safetensors`, all float16:
+Files, arrays and keys have the names that mlx-lm's adapters have, or ComfyUI's where mlx-lm has none (`diff`). In
+`adapters.safetensors`, all float16:
 
 NAME.lora_a, NAME.lora_b   of a linear layer NAME: [inputs, r] and [r, outputs], y = x W^T + scale (x A) B;
                            of an embedding or another matrix NAME: [rows, r] and [r, columns]; a convolution is a
                            matrix of its outputs and all the rest
-NAME.diff                  the whole difference of parameter NAME: of vectors (norms, biases), and of a matrix that is
-                           so small that its factors would not be smaller
+NAME.diff, NAME.diff_b     the whole difference of NAME's weight and bias: of vectors, and of a matrix so small that
+                           its factors would not be smaller
 
 `adapter_config.json` is an `AdapterConfig`. Parameters that it lists as unchanged have no array at all. With float16
 an adapter of rank r has 2 bytes for each of min(r (m + n), m n) numbers of a matrix and n of a vector.
@@ -42,7 +43,7 @@ class Part(NamedTuple):
     """How the difference of one parameter is stored."""
 
     arrays: dict[str, Shape]
-    """`.lora_a` and `.lora_b`, or a `.diff`: names and shapes."""
+    """`.lora_a` and `.lora_b`, or one with the whole difference: names and shapes."""
     shape: Shape
     """Of the parameter."""
     transposed: bool
@@ -126,21 +127,18 @@ def read_adapter(path: Path, config: AdapterConfig, base: nn.Module) -> dict[str
 
 def layout(model: nn.Module, rank: int) -> dict[str, Part]:
     """How the difference of each parameter of a float model is stored at this rank."""
-    out = {}
-    for path, module in model.named_modules():
-        for key, value in module.items():
-            if isinstance(value, mx.array) and not key.startswith("_"):
-                name = f"{path}.{key}" if path else key
-                out[name] = _part(name, value.shape, rank, isinstance(module, nn.Linear))
-    return out
+    linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
+    return {name: _part(name, shape, rank, name in linear) for name, shape in shapes.items()}
 
 
 def _part(name: str, shape: Shape, rank: int, linear: bool) -> Part:
     matrix = (shape[0], math.prod(shape[1:]))
-    if len(shape) < 2 or rank * sum(matrix) >= math.prod(shape):
-        return Part({f"{name}.diff": shape}, shape, False)
-    rows, columns = reversed(matrix) if linear else matrix
     layer = name.removesuffix(".weight")
+    if len(shape) < 2 or rank * sum(matrix) >= math.prod(shape):
+        bias = layer.endswith(".bias")
+        return Part({f"{layer.removesuffix('.bias')}.diff{'_b' if bias else ''}": shape}, shape, False)
+    rows, columns = reversed(matrix) if linear else matrix
     return Part({f"{layer}.lora_a": (rows, rank), f"{layer}.lora_b": (rank, columns)}, shape, linear)
 
 

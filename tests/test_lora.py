@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
@@ -130,6 +134,18 @@ def test_a_linear_layer_multiplies_its_input_by_the_factors(pair: Path) -> None:
     np.testing.assert_allclose(fused.embed_tokens(ids), base.embed_tokens(ids) + a[ids] @ b, atol=1e-5)
 
 
+def test_a_convolution_is_a_matrix_of_its_outputs() -> None:
+    """A kernel [outputs, height, width, inputs] that is a sum of two products is stored in two directions."""
+    random = np.random.default_rng(0)
+    kernel = np.einsum("or,rhwi->ohwi", random.normal(size=(16, 2)), random.normal(size=(2, 3, 3, 8)))
+    layer = nn.Conv2d(8, 16, 3)
+    part = lora.layout(layer, 2)["weight"]
+    assert list(part.arrays.values()) == [(16, 2), (2, 72)]
+    stored = lora.pack(kernel, part)
+    assert {name: value.shape for name, value in stored.items()} == part.arrays
+    np.testing.assert_allclose(lora.unpack(stored, part), kernel, atol=0.01)
+
+
 # ---- what comes back ----
 
 
@@ -164,7 +180,8 @@ def test_loading_equals_adding_by_hand(pair: Path) -> None:
             product = arrays[f"{layer}.lora_a"] @ arrays[f"{layer}.lora_b"]
             expected = value + (product if name == "embed_tokens.weight" else product.T)
         else:
-            expected = value + arrays.get(f"{name}.diff", np.float32(0))
+            key = f"{name[:-5]}.diff_b" if name.endswith(".bias") else f"{layer}.diff"
+            expected = value + arrays.get(key, np.float32(0))
         np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
@@ -187,8 +204,8 @@ def test_size_and_names_are_as_documented(pair: Path) -> None:
     file = report.folder / "adapters.safetensors"
     assert report.bytes == file.stat().st_size < 2 * numbers + 20_000  # names and shapes
     assert report.model_bytes == (pair / "student" / "model.safetensors").stat().st_size
-    assert "norm.weight.diff" in arrays
-    assert "angle_embedding.fc1.bias.diff" in arrays
+    assert "norm.diff" in arrays
+    assert "angle_embedding.fc1.diff_b" in arrays
     assert not any("up_proj" in name and "layers.1" in name for name in arrays)  # STILL
     config = json.loads((pair / "adapter" / "adapter_config.json").read_text())
     assert config == {
@@ -329,22 +346,25 @@ def test_a_base_that_is_an_adapter(pair: Path) -> None:
 
 
 def remove(arrays: dict[str, mx.array]) -> None:
-    del arrays["norm.weight.diff"], arrays["lm_head.lora_a"]
+    del arrays["norm.diff"], arrays["lm_head.lora_a"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove, "missing lm_head.lora_a; missing norm.weight.diff"),
+        (remove, "missing lm_head.lora_a; missing norm.diff"),
         (lambda a: a.update(surplus=mx.zeros((1,))), "unexpected surplus"),
-        (lambda a: a.update({f"{STILL}.diff": mx.zeros((64, 32))}), f"unexpected {STILL}.diff"),
+        (
+            lambda a: a.update({"layers.1.mlp.up_proj.diff": mx.zeros((64, 32))}),
+            "unexpected layers.1.mlp.up_proj.diff",
+        ),
         (
             lambda a: a.update({"lm_head.lora_b": mx.zeros((4, 9))}),
             "lm_head.lora_b has shape [4, 9], expected [4, 288]",
         ),
         (
-            lambda a: a.update({"norm.weight.diff": mx.zeros((1,))}),
-            "norm.weight.diff has shape [1], expected [32]",
+            lambda a: a.update({"norm.diff": mx.zeros((1,))}),
+            "norm.diff has shape [1], expected [32]",
         ),
     ],
 )
@@ -486,6 +506,23 @@ def test_other_verbs(pair: Path, cli: Callable[..., Any]) -> None:
     assert facts["parameters"]["total"] == sum(v.size for v in flat(load(pair / "teacher").model).values())
     done = cli("complete", "red", "--model", pair / "adapter", "--max-tokens", 3, "--max-images", 0)
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("verb", [["lora"], ["lora", "extract"]])
+def test_help_needs_no_mlx(verb: list[str]) -> None:
+    code = (
+        "import sys; from mlx_transfusion.cli import _run; _run(sys.argv[1:]); "
+        "sys.exit(any(name in sys.modules for name in ('numpy', 'mlx.core')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: " in done.stdout
+
+
+def test_the_hub_gives_all_files_of_an_adapter(pair: Path) -> None:
+    names = [p.name for p in made(pair).folder.iterdir()]
+    assert names
+    assert all(any(fnmatch.fnmatch(name, wanted) for wanted in model_path.HUB_FILES) for name in names)
 
 
 def test_bad_flags(pair: Path, cli: Callable[..., Any]) -> None:

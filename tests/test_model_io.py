@@ -232,6 +232,13 @@ def test_missing_weights(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_broken_index(copy: Path, content: str) -> None:
+    (copy / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="not a readable weight index"):
+        load(copy)
+
+
 def test_foreign_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="tokenizer"):
