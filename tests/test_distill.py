@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ learning_rate = 1e-3
 warmup = 2
 """
 MakeConfig = Callable[..., TrainConfig]
+both_methods = pytest.mark.parametrize("method", ["scm", "ect"])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,8 @@ def test_documents_split_at_their_last_picture(config: MakeConfig) -> None:
             assert not (segments and isinstance(segments[-3 if len(segments) > 2 else 0], Image))
             assert count(data, d) == (data.count(d)[0], 0)
         else:
-            assert prefix[0] == 1 and prefix[-1] == 4  # BOS ... BOI
+            assert prefix[0] == 1
+            assert prefix[-1] == 4
             assert count(data, d) == (len(prefix) - 1, 1)
 
 
@@ -125,7 +128,8 @@ def test_prefix_batch_holds_every_document_once(config: MakeConfig) -> None:
     documents = data.documents(3, 9)
     batch = prefix_batch(data, documents)
     painted = [p for d in documents if (p := prefix_of(d)) is not None]
-    assert len(batch.ids) % PICTURE_MULTIPLE == 0 and batch.weight.sum() == len(painted)
+    assert len(batch.ids) % PICTURE_MULTIPLE == 0
+    assert batch.weight.sum() == len(painted)
     for row, prefix in enumerate(painted):
         assert batch.ids[row, : batch.lengths[row]].tolist() == prefix
     assert batch.text_targets == sum(count(data, d)[0] for d in documents)
@@ -133,7 +137,8 @@ def test_prefix_batch_holds_every_document_once(config: MakeConfig) -> None:
     flat_ids = batch.ids.reshape(-1)
     wanted = [token for prefix in painted for token in prefix[1:]]
     assert batch.text_target[:k].tolist() == wanted == flat_ids[batch.text_index[:k] + 1].tolist()
-    assert batch.rest is not None and len(batch.rest.angle) % PICTURE_MULTIPLE == 0
+    assert batch.rest is not None
+    assert len(batch.rest.angle) % PICTURE_MULTIPLE == 0
     # pictures, noise and angles are those that plain training would draw for the same documents
     plain = data.pictures([d for d in documents if prefix_of(d) is not None])
     assert np.array_equal(batch.pictures.noise[: len(painted)], plain.noise)
@@ -201,7 +206,8 @@ def test_derivative_equals_central_differences(config: MakeConfig) -> None:
     differences = np.array(mx.sin(a) * cosine * (at(h) - at(-h)) / (2 * h))
     real = slice(0, int(p.weight.sum().item()))
     error = np.linalg.norm(derivative[real] - differences[real]) / np.linalg.norm(derivative[real])
-    assert np.linalg.norm(derivative[real]) > 1e-3 and error < 3e-3
+    assert np.linalg.norm(derivative[real]) > 1e-3
+    assert error < 3e-3
 
 
 def _gradients(trainer: Trainer, step: int = 2) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -221,9 +227,13 @@ def _gradients(trainer: Trainer, step: int = 2) -> tuple[dict[str, np.ndarray], 
 @pytest.mark.parametrize(
     "overrides", [("gradient_checkpointing=true",), ("compile=false",), ("accumulate=3",)], ids=str
 )
-def test_ways_to_compute_the_same_gradients(config: MakeConfig, overrides: tuple[str, ...]) -> None:
-    plain, sums = _gradients(Trainer(config()))
-    other, other_sums = _gradients(Trainer(config(*overrides)))
+@both_methods
+def test_ways_to_compute_the_same_gradients(
+    config: MakeConfig, overrides: tuple[str, ...], method: str
+) -> None:
+    chosen = f"consistency.method={method}"
+    plain, sums = _gradients(Trainer(config(chosen)))
+    other, other_sums = _gradients(Trainer(config(chosen, *overrides)))
     assert np.allclose(sums, other_sums, rtol=1e-4)
     assert plain.keys() == other.keys()
     for name, value in plain.items():
@@ -275,13 +285,60 @@ def test_gradient_moves_the_network_along_the_tangent(config: MakeConfig) -> Non
         assert np.linalg.norm(value - wanted[name]) <= 1e-3 * np.linalg.norm(wanted[name]) + 1e-6, name
 
 
-def test_consistency_training_needs_no_teacher(config: MakeConfig, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "recorded"), [("scm", "sct"), ("ect", "ect")])
+def test_consistency_training_needs_no_teacher(
+    folder: Path, tmp_path: Path, method: str, recorded: str
+) -> None:
     text = (folder / "distill.toml").read_text().replace('teacher = "teacher"', "")
     toml = folder / "sct.toml"
     toml.write_text(text.replace("steps = 6", 'steps = 2\ninit = "teacher"'))
-    last = train(load_train_config(toml, [f"output={tmp_path / 'sct'}"]))
+    last = train(load_train_config(toml, [f"output={tmp_path / 'sct'}", f"consistency.method={method}"]))
     objective = load(last).extra["objective"]
-    assert objective["method"] == "sct" and objective["guidance"] == 1.0 and objective["teacher"] is None
+    assert objective["method"] == recorded
+    assert objective["guidance"] == 1.0
+    assert objective["teacher"] is None
+
+
+def test_gradient_of_easy_tuning_is_that_of_two_points(config: MakeConfig) -> None:
+    """Against ECT written out in float64: the squared distance of f at both points, f(x', b) held fixed.
+
+    With the rescaling switched off, mean((f(x, a) - f(x', b))^2) / (gap sin(a)^2) has the gradient -2 d dF.
+    """
+    trainer = Trainer(
+        config("consistency.method=ect", "consistency.adaptive_weight=false", "consistency.tangent=none")
+    )
+    step, model = step_of(trainer), trainer.model
+    batch = trainer._load(2).parts[0]
+    p, texts = _arrays(batch, model)
+    p = p._replace(angle=mx.clip(p.angle, 0.2, 1.4))
+    silent, total = tuple(mx.zeros_like(t) for t in texts), float(batch.weight.sum())
+    cos_v = np.array(step._cos_velocity(p))
+    at_noise = 0.125
+    a = np.array(p.angle, np.float64)
+    gap = np.minimum(1, at_noise * (1 + 8 / (1 + np.exp(np.tan(a) / 2))))
+    b = np.arctan((1 - gap) * np.tan(a))
+    turn = (a - b)[:, None, None]
+    moved = np.cos(turn) * np.array(p.x) - np.sin(turn) * cos_v / np.cos(a)[:, None, None]
+    x, earlier = mx.array(moved.astype(np.float32)), mx.array(b.astype(np.float32))
+
+    def ends(x: mx.array, angle: mx.array) -> mx.array:
+        out = model.paint(x, angle, model.read_prefix(p.ids)[1], p.lengths)
+        return trigflow.x0_from_velocity(x, out, angle[:, None, None])
+
+    target = ends(x, earlier)
+    scale = mx.array((1 / (gap * np.sin(a) ** 2)).astype(np.float32)) * p.weight * 5.0 / total
+
+    def loss(weights: Any) -> mx.array:
+        model.update(weights)
+        return ((ends(p.x, p.angle) - target).square().mean((1, 2)) * scale).sum()
+
+    wanted = flat(mx.grad(loss)(model.parameters()))
+    model.update(trainer.state.weights)
+    gradients, _, _ = step._plain_consistency_gradients(
+        trainer.state.weights, tuple(p), silent, None, None, mx.array([0.0, 5.0 / total]), mx.array(at_noise)
+    )
+    for name, value in flat(gradients).items():
+        assert np.linalg.norm(value - wanted[name]) <= 2e-3 * np.linalg.norm(wanted[name]) + 1e-5, name
 
 
 def test_guidance_changes_the_target_and_one_saves_a_pass(config: MakeConfig) -> None:
@@ -296,13 +353,19 @@ def test_guidance_changes_the_target_and_one_saves_a_pass(config: MakeConfig) ->
 # ---- the loop ----
 
 
-def test_a_run_saves_a_consistency_model(config: MakeConfig) -> None:
-    run = config("valid_every=3", "sample.every=6", 'sample.prompts=["red star", "blue moon"]')
+@pytest.mark.parametrize(("method", "recorded"), [("scm", "scd"), ("ect", "ect")])
+def test_a_run_saves_a_consistency_model(config: MakeConfig, method: str, recorded: str) -> None:
+    run = config(
+        f"consistency.method={method}",
+        "valid_every=3",
+        "sample.every=6",
+        'sample.prompts=["red star", "blue moon"]',
+    )
     last = train(run)
     loaded = load(last)
     teacher = load(run.consistency.teacher)  # type: ignore[union-attr]
     assert loaded.extra["objective"] == {
-        "name": "consistency", "method": "scd", "teacher": teacher.fingerprint, "guidance": 2.0, "angles": [1.1],
+        "name": "consistency", "method": recorded, "teacher": teacher.fingerprint, "guidance": 2.0, "angles": [1.1],
     }  # fmt: skip
     assert not any(name.startswith(LOSS_WEIGHT) for name, _ in tree_flatten(loaded.model.parameters()))
     rows = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
@@ -328,15 +391,31 @@ def test_distillation_brings_the_student_to_its_teacher(config: MakeConfig) -> N
     assert after["valid_text_loss"] < before["valid_text_loss"] + 0.1
 
 
-def test_resume_equals_the_uninterrupted_run(config: MakeConfig) -> None:
-    whole = train(config(output="whole"))
-    half = Trainer(config("save_every=3", output="half"))
+@both_methods
+def test_resume_equals_the_uninterrupted_run(config: MakeConfig, method: str) -> None:
+    chosen = f"consistency.method={method}"
+    whole = train(config(chosen, output="whole"))
+    half = Trainer(config(chosen, "save_every=3", output="half"))
     stop_after(half, 3)
-    again = train(config("save_every=3", output="half"))
+    again = train(config(chosen, "save_every=3", output="half"))
     a, b = state(whole), state(again)
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert any(LOSS_WEIGHT in name for name in a)
+
+
+def test_a_run_of_an_older_version_resumes(config: MakeConfig) -> None:
+    """Its record lacks the keys that came later: they count as their defaults, not as another run."""
+    stop_after(Trainer(config("save_every=3")), 3)
+    file = checkpoints(Path(config().output) / "checkpoints")[-1] / "state.json"
+    record = json.loads(file.read_text())
+    for key in ("method", "gap_stages", "gap_factor"):
+        del record["config"]["consistency"][key]
+    del record["config"]["optimizer"]["muon_learning_rate"]
+    file.write_text(json.dumps(record))
+    assert Trainer(config("save_every=3")).resume()
+    with pytest.raises(UserError, match=r"was trained with consistency\.method = scm, the config says ect"):
+        Trainer(config("save_every=3", "consistency.method=ect")).resume()
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:
@@ -356,7 +435,9 @@ def stop_after(trainer: Trainer, steps: int) -> None:
 
 
 def test_a_blow_up_stops_and_keeps_the_last_good_state(config: MakeConfig) -> None:
-    run = config("optimizer.learning_rate=1e9", "optimizer.clip=0", "optimizer.warmup=0", "steps=200", "save_every=1")
+    run = config(
+        "optimizer.learning_rate=1e9", "optimizer.clip=0", "optimizer.warmup=0", "steps=200", "save_every=1"
+    )
     with pytest.raises(UserError, match=r"blew up: .* left its usual range first|not finite any more"):
         train(run)
     kept = checkpoints(Path(run.output) / "checkpoints")
@@ -375,7 +456,8 @@ def test_signals_average_by_angle() -> None:
     assert signals.tangent() == 1.0
     out = signals.collect()
     width = np.pi / 2 / BUCKETS
-    assert out[f"tangent/0.00-{width:.2f}"] == 0.5 and out[f"loss/{7 * width:.2f}-1.57"] == 14.0
+    assert out[f"tangent/0.00-{width:.2f}"] == 0.5
+    assert out[f"loss/{7 * width:.2f}-1.57"] == 14.0
     assert out["tangent_worst"] == 2.0
     assert signals.collect() == {}
 
@@ -385,8 +467,10 @@ def test_watch_names_the_first_signal() -> None:
     for step in range(50):
         assert watch.observe(step, {"tangent": 1.0 + step % 3, "gradient norm": 2.0}) is None
     assert watch.calm
-    assert watch.observe(50, {"tangent": 1000.0, "gradient norm": 2.0}) is None and not watch.calm
-    assert watch.observe(51, {"tangent": 1.0, "gradient norm": 2.0}) is None and watch.calm  # a spike is forgiven
+    assert watch.observe(50, {"tangent": 1000.0, "gradient norm": 2.0}) is None
+    assert not watch.calm
+    assert watch.observe(51, {"tangent": 1.0, "gradient norm": 2.0}) is None
+    assert watch.calm
     for step in range(52, 52 + Watch.PATIENCE):
         assert watch.observe(step, {"tangent": 1000.0, "gradient norm": 500.0 if step > 55 else 2.0}) is None
     trouble = watch.observe(52 + Watch.PATIENCE, {"tangent": 1000.0, "gradient norm": 500.0})
@@ -401,6 +485,9 @@ def test_watch_names_the_first_signal() -> None:
     ("change", "message"),
     [
         (("consistency.tangent=normalise",), 'consistency.tangent is "normalise", expected one of normalize'),
+        (("consistency.method=meanflow",), 'consistency.method is "meanflow", expected one of scm, ect'),
+        (("consistency.gap_factor=1.5",), "consistency.gap_factor is 1.5, expected 2"),
+        (("consistency.gap_stages=20",), "to the power of gap_stages 20"),
         (("consistency.guidance=-1",), "consistency.guidance is -1"),
         (("consistency.teecher=emoji",), 'unknown key "teecher"; did you mean "teacher"'),
         (("consistency.angles=[2.0]",), r"consistency.angles\[0\] is 2.0"),
@@ -410,6 +497,17 @@ def test_watch_names_the_first_signal() -> None:
 def test_bad_tables_are_refused(config: MakeConfig, change: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(config(*change))
+
+
+def test_a_teacher_is_a_diffusion_model(config: MakeConfig, folder: Path, tmp_path: Path) -> None:
+    """Its objective decides; a diffusion model may say that it is one."""
+    for name in ("diffusion", "consistency"):
+        copy = shutil.copytree(folder / "teacher", tmp_path / name)
+        table = json.loads((copy / "config.json").read_text()) | {"objective": {"name": name}}
+        (copy / "config.json").write_text(json.dumps(table))
+    assert Trainer(config(f"consistency.teacher={tmp_path / 'diffusion'}")).teacher is not None
+    with pytest.raises(UserError, match="is a consistency model itself"):
+        Trainer(config(f"consistency.teacher={tmp_path / 'consistency'}"))
 
 
 def test_verbs_and_tables_belong_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,27 +61,45 @@ class DiffusionConfig:
     """Largest angle of a picture that text follows: step 500 of 1000 (arXiv 2408.11039, table 8)."""
 
 
+_LARGEST_SHRINKAGE = 4096
+
+
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """A continuous-time consistency model (arXiv 2410.11081) instead of a diffusion model: `distill`."""
+    """A consistency model instead of a diffusion model: `distill`. Sections are those of arXiv 2410.11081."""
 
+    method: str = "scm"
+    """"scm" (continuous time, arXiv 2410.11081) or "ect" (two points of a trajectory, arXiv 2406.14548)."""
     teacher: str | None = None
-    """A diffusion model to distil (sCD), which the student also starts from; None trains on the data alone (sCT)."""
+    """A diffusion model to distil, which the student also starts from; None trains on the data alone."""
     guidance: float = 3.0
     """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none."""
     tangent: str = "normalize"
-    """"normalize" (to unit length), "clip" (to [-1, 1]) or "none" (section 4.2)."""
+    """"normalize" (to unit length; "ect": pseudo-Huber loss), "clip" (to [-1, 1]) or "none" (section 4.2)."""
     tangent_constant: float = 0.1
     """c of g / (|g| + c), with |g| the root mean square. Tangents well below it are left small: near pi/2, where g
     holds a factor cos(angle), a large c would leave nothing to learn from."""
     tangent_warmup: int = 200
-    """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once."""
+    """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once. "scm" alone."""
+    gap_stages: int = 8
+    """Equal parts of the run at whose ends the gap between both points shrinks. "ect" alone, as the next."""
+    gap_factor: float = 2.0
+    """By how much it shrinks, from 1/gap_factor in the first stage on."""
     adaptive_weight: bool = True
     """Learn the weight w(angle) of the loss beside the model (section 4.2)."""
     angles: tuple[float, ...] = (1.1,)
     """Where the student paints again after its first step, radians: the paper's two-step sampler."""
     valid_pictures: int = 32
     """Pictures whose one- and two-step versions are compared with the teacher's at every validation."""
+
+    def __post_init__(self) -> None:
+        smallest = self.gap_factor**self.gap_stages
+        if smallest > _LARGEST_SHRINKAGE:
+            raise UserError(
+                f"training config: consistency.gap_factor {self.gap_factor} to the power of gap_stages "
+                f"{self.gap_stages} is {smallest:.4g}, expected at most {_LARGEST_SHRINKAGE}: a smaller gap is "
+                "lost in float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,7 @@ class TrainConfig:
 _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep",
-         "valid_batches", "data.threads"), (1, math.inf)),
+         "valid_batches", "data.threads", "consistency.gap_stages"), (1, math.inf)),
     **dict.fromkeys(
         ("valid_every", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
@@ -199,6 +217,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
          "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
     **dict.fromkeys(
         ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles"), (0, math.pi / 2)),
+    "consistency.gap_factor": (2, math.inf),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest value of each number."""
@@ -207,6 +226,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "diffusion.distribution": ("uniform", "tan_lognormal"),
+    "consistency.method": ("scm", "ect"),
     "consistency.tangent": ("normalize", "clip", "none"),
 }
 

@@ -1,4 +1,4 @@
-"""One step of consistency training or distillation: sCM's loss on pictures, next-token loss on all text."""
+"""One step of consistency training or distillation: sCM's or ECT's loss on pictures, next-token loss on text."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mlx_transfusion.training.data import DataSet, Document
 from mlx_transfusion.training.prefix_data import PrefixBatch, count, prefix_batch, prefix_of
 from mlx_transfusion.training.signals import Signals
 from mlx_transfusion.training.step import Step, Tree, cast, to_arrays
+from mlx_transfusion.training.tangents import method_of
 
 TEACHER_SAMPLER = "dpmpp_2m"
 """How the teacher's pictures are painted that a student is compared with."""
@@ -61,6 +62,7 @@ class ConsistencyStep(Step):
         assert config.consistency is not None
         self._settings: ConsistencyConfig = config.consistency
         self._teacher = teacher
+        self._method = method_of(config.consistency, config.steps)
         self._loss_weight = consistency.LossWeight()
         self._valid: tuple[list[list[int]], list[int], mx.array] | None = None
         self._watched = self.signals = Signals()
@@ -93,14 +95,14 @@ class ConsistencyStep(Step):
     ) -> tuple[Tree, mx.array]:
         """Gradients of this part of the objective at `step`, and its summed losses [text, image]."""
         scale = mx.array([1 / max(1, text_total), self._config.image_loss_weight / max(1, image_total)])
-        warmup = consistency.tangent_warmup(step, self._settings.tangent_warmup)
+        pace = mx.array(self._method.pace(step))
         pictures, texts = _arrays(batch, self._model)
         rest = rest_text = None
         if batch.rest is not None:
             arrays, _, target, weight = to_arrays(batch.rest, self._model)
             rest, rest_text = tuple(arrays), tuple(TextArrays(arrays.text_index, target, weight))
         gradients, sums, seen = self._gradients(
-            weights, tuple(pictures), tuple(texts), rest, rest_text, scale, mx.array(warmup)
+            weights, tuple(pictures), tuple(texts), rest, rest_text, scale, pace
         )
         self._watched.add(batch.weight, batch.pictures.angle, seen)
         return gradients, sums
@@ -159,7 +161,7 @@ class ConsistencyStep(Step):
         rest: tuple[mx.array, ...] | None,
         rest_text: tuple[mx.array, ...] | None,
         scale: mx.array,
-        warmup: mx.array,
+        pace: mx.array,
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
         cos_velocity = mx.stop_gradient(self._cos_velocity(p))
@@ -167,7 +169,7 @@ class ConsistencyStep(Step):
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
             hidden, prefix = self._model.read_prefix(p.ids)
-            image, seen = self._image_loss(w, p, prefix, cos_velocity, warmup)
+            image, seen = self._image_loss(w, p, prefix, cos_velocity, pace)
             text = self._text_loss(hidden, TextArrays(*texts))
             if rest is not None and rest_text is not None:
                 self._model.update(cast(self.model_weights(w), self._dtype))
@@ -183,21 +185,19 @@ class ConsistencyStep(Step):
         return gradients, sums, seen
 
     def _image_loss(
-        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], cos_velocity: mx.array, warmup: mx.array
+        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], cos_velocity: mx.array, pace: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
         network = partial(self._model.paint, prefix=prefix, lengths=p.lengths)
-        value = consistency.value_and_derivative(network, p.x, p.angle, cos_velocity)
-        raw = consistency.tangent(value, p.x, p.angle, cos_velocity, warmup)
-        g = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
+        t = self._method.tangent(network, p.x, p.angle, cos_velocity, pace)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])
             log_weight = self._loss_weight(p.angle)
-        each = consistency.image_losses(value.network, g, log_weight)
+        each = consistency.image_losses(t.network, t.rescaled, log_weight)
         cosine = mx.cos(p.angle)[:, None, None]
-        drift = cosine * (cosine * value.network - cos_velocity)
-        seen = [consistency.rms(raw), consistency.rms(drift), consistency.rms(value.derivative)]
+        drift = cosine * (cosine * t.network - cos_velocity)
+        seen = [consistency.rms(t.raw), consistency.rms(drift), consistency.rms(t.derivative)]
         return (each * p.weight).sum(), mx.stop_gradient(mx.stack([*seen, each, log_weight]))
 
     def _text_loss(self, hidden: mx.array, text: TextArrays) -> mx.array:

@@ -22,11 +22,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded as ModelFolder
 from mlx_transfusion.model_io import load, load_config
 from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.config import TrainConfig, model_config
@@ -107,7 +108,7 @@ class Trainer:
         if not found:
             return False
         record = ckpt.read_record(found[-1])
-        _check_same_run(record["config"], self.config.to_dict(), found[-1])
+        _check_same_run(record["config"], self.config, found[-1])
         self.state = ckpt.load_checkpoint(found[-1], self.optimizer)
         self.model.update(self.step.model_weights(self.state.weights))
         self.step = self._new_step()  # compiled over the restored state
@@ -355,7 +356,7 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
     if config.consistency is None or config.consistency.teacher is None:
         return None
     teacher = load(config.consistency.teacher, dtype=mx.float32)
-    if "objective" in teacher.extra:
+    if read_objective(teacher.extra, teacher.name).consistency:
         raise UserError(
             f"teacher {teacher.name}: is a consistency model itself; distil the diffusion model it came from"
         )
@@ -376,10 +377,11 @@ def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, An
     c = config.consistency
     if c is None:
         return None
+    continuous = "sct" if teacher is None else "scd"
     return {
         "objective": {
-            "name": "consistency",
-            "method": "sct" if teacher is None else "scd",
+            "name": CONSISTENCY,
+            "method": continuous if c.method == "scm" else c.method,
             "teacher": teacher.fingerprint if teacher else None,
             "guidance": c.guidance if teacher else 1.0,
             "angles": list(c.angles),
@@ -395,9 +397,13 @@ _MAY_CHANGE = re.compile(
 """Keys that may differ on resume without changing what is learned (files may have moved)."""
 
 
-def _check_same_run(recorded: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raises UserError that names the first key, e.g. `optimizer.learning_rate`, that makes it another run."""
-    old, new = dict(tree_flatten(recorded)), dict(tree_flatten(wanted))
+def _check_same_run(recorded: dict[str, Any], wanted: TrainConfig, path: Path) -> None:
+    """Raises UserError that names the first key, e.g. `optimizer.learning_rate`, that makes it another run.
+
+    A key that the record of an older version lacks counts as its default: what the run did before there was a choice.
+    """
+    then = from_dict(TrainConfig, recorded, f"{path}: the training config in it")
+    old, new = dict(tree_flatten(then.to_dict())), dict(tree_flatten(wanted.to_dict()))
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
             raise UserError(

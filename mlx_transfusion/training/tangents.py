@@ -1,0 +1,106 @@
+"""The two ways to tell a picture's network output where to go: sCM's derivative and ECT's pair of points.
+
+Both give the output F with its gradient and a direction for it. Everything else of a consistency step (prefixes,
+the teacher, the learned weight, the text loss, the signals) is the same for both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_transfusion import consistency, easy_consistency
+from mlx_transfusion.training.config import ConsistencyConfig
+
+
+class Tangent(NamedTuple):
+    """What a method says about M pictures, each [M, ...]."""
+
+    network: mx.array
+    """F, with its gradient."""
+    raw: mx.array
+    """Where F is to move, before it is rescaled."""
+    rescaled: mx.array
+    """The same, as the loss takes it."""
+    derivative: mx.array
+    """J = cos(a) sin(a) dF/da along the trajectory, or its difference quotient."""
+
+
+class Method(Protocol):
+    """One way to train a consistency function."""
+
+    def pace(self, step: int) -> float:
+        """The number that changes over the run, at `step` (0-based)."""
+
+    def tangent(
+        self,
+        network: consistency.Network,
+        x: mx.array,
+        angle: mx.array,
+        cos_velocity: mx.array,
+        pace: mx.array,
+    ) -> Tangent:
+        """Direction of the states x [M, ...] at angles [M] along cos(a) v [M, ...]."""
+
+
+class ContinuousTime:
+    """sCM (arXiv 2410.11081): the derivative of f along the trajectory by forward mode."""
+
+    def __init__(self, settings: ConsistencyConfig) -> None:
+        self._settings = settings
+
+    def pace(self, step: int) -> float:
+        """The factor r of the tangent's unstable part, which rises to 1."""
+        return consistency.tangent_warmup(step, self._settings.tangent_warmup)
+
+    def tangent(
+        self,
+        network: consistency.Network,
+        x: mx.array,
+        angle: mx.array,
+        cos_velocity: mx.array,
+        pace: mx.array,
+    ) -> Tangent:
+        """g = cos(a) df/da."""
+        value = consistency.value_and_derivative(network, x, angle, cos_velocity)
+        raw = consistency.tangent(value, x, angle, cos_velocity, pace)
+        rescaled = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
+        return Tangent(value.network, raw, rescaled, value.derivative)
+
+
+class EasyTuning:
+    """ECT (arXiv 2406.14548): f at a point and at an earlier one, which come closer in stages."""
+
+    def __init__(self, settings: ConsistencyConfig, steps: int) -> None:
+        self._settings, self._steps = settings, steps
+
+    def pace(self, step: int) -> float:
+        """The gap at large angles, which falls stage by stage."""
+        return easy_consistency.stage_gap(
+            step, self._steps, self._settings.gap_stages, self._settings.gap_factor
+        )
+
+    def tangent(
+        self,
+        network: consistency.Network,
+        x: mx.array,
+        angle: mx.array,
+        cos_velocity: mx.array,
+        pace: mx.array,
+    ) -> Tangent:
+        """d, the difference of f between both points in units of F and of the gap."""
+        gap = easy_consistency.relative_gap(angle, pace)
+        point = easy_consistency.earlier(x, angle, cos_velocity, gap)
+        here = network(x, angle)
+        # The same weights as `here`, but a constant with all that it read, the prefix too.
+        there = mx.stop_gradient(network(point.x, point.angle))
+        raw = easy_consistency.tangent(here, there, x, angle, cos_velocity, gap, point)
+        rescaled = easy_consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
+        quotient = mx.stop_gradient(here - there) / gap.reshape(-1, *[1] * (x.ndim - 1))
+        return Tangent(here, raw, rescaled, quotient)
+
+
+def method_of(settings: ConsistencyConfig, steps: int) -> Method:
+    """The method that a run of `steps` asks for."""
+    return EasyTuning(settings, steps) if settings.method == "ect" else ContinuousTime(settings)
