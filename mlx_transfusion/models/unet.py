@@ -59,7 +59,8 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(features, 2 * outputs)
         # Gains around one; shifts have the plain layer's values, since they are normalised and must not be zero.
         self.time_emb_proj.bias = self.time_emb_proj.bias + (mx.arange(2 * outputs) < outputs)
-        self.norm2 = _group_norm(outputs, affine=False)
+        # Private, for a module without parameters would leave an empty place in the tree of them.
+        self._norm2 = _group_norm(outputs, affine=False)
         self.conv2 = _zero_conv(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = Conv2d(inputs, outputs, 1)
@@ -71,7 +72,7 @@ class ResnetBlock(nn.Module):
         """
         h = self.conv1(silu(self.norm1(x)))
         gain, shift = mx.split(self.time_emb_proj(features)[:, None, None], 2, -1)
-        h = self.norm2(h) * pixel_norm(gain) + pixel_norm(shift)
+        h = self._norm2(h) * pixel_norm(gain) + pixel_norm(shift)
         h = self.conv2(silu(h))
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
