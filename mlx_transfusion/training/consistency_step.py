@@ -72,11 +72,18 @@ class ConsistencyStep(Step):
             self._gradients = self._plain_consistency_gradients
 
     def initial_weights(self) -> Tree:
-        """The model's parameters, and those of the weighting network when it is used."""
+        """The model's parameters or its painter's, and those of the weighting network when it is used."""
         weights = dict(self._model.parameters())
+        if self._text_frozen:
+            weights = {"painter": weights["painter"]}
         if self._settings.adaptive_weight:
             weights[LOSS_WEIGHT] = self._loss_weight.parameters()
         return weights
+
+    @property
+    def _text_frozen(self) -> bool:
+        """Whether a painter is trained: then nothing that reads or writes changes, and text needs no loss."""
+        return self._model.config.painter
 
     def model_weights(self, weights: Tree) -> Tree:
         """The part of the trained weights that is the model."""
@@ -84,11 +91,14 @@ class ConsistencyStep(Step):
 
     def load(self, data: DataSet, documents: Sequence[Document]) -> PrefixBatch:
         """Arrays of one part of a step (numpy only)."""
+        if self._text_frozen:
+            documents = [d for d in documents if prefix_of(d) is not None]
         return prefix_batch(data, documents, self._model.config.pad_token_id)
 
     def count(self, data: DataSet, document: Document) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document."""
-        return count(data, document)
+        text, pictures = count(data, document)
+        return (0 if self._text_frozen else text), pictures
 
     def gradients(
         self, weights: Tree, batch: Any, text_total: int, image_total: int, step: int
@@ -110,10 +120,13 @@ class ConsistencyStep(Step):
     def validate(self, data: DataSet, batches: int, size: int) -> dict[str, float]:
         """Text loss, and how far pictures of one and of two steps are from the teacher's on the same noise.
 
-        The distance is the mean squared error in units of the data's variance: the one number that falls as long as
-        distillation makes progress. Without a teacher there is the text loss alone.
+        The distance is the mean squared error in units of the data's variance. That of one step falls as long as
+        distillation makes progress; two steps draw fresh noise on the way and so paint another picture where the
+        prompt leaves a choice. Without a teacher there is the text loss alone.
         """
-        out = {"valid_text_loss": super().validate(data, batches, size)["valid_text_loss"]}
+        out: dict[str, float] = {}
+        if not self._text_frozen:
+            out["valid_text_loss"] = super().validate(data, batches, size)["valid_text_loss"]
         if self._teacher is None or not self._settings.valid_pictures:
             return out
         if self._valid is None:
@@ -164,10 +177,14 @@ class ConsistencyStep(Step):
         pace: mx.array,
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
-        cos_velocity = mx.stop_gradient(self._cos_velocity(p))
+        constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
+        cos_velocity = mx.stop_gradient(self._cos_velocity(p, constant))
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
+            if constant is not None:
+                image, seen = self._image_loss(w, p, constant, cos_velocity, pace)
+                return image * scale[1], (mx.stack([mx.zeros_like(image), image]), seen)
             hidden, prefix = self._model.read_prefix(p.ids)
             image, seen = self._image_loss(w, p, prefix, cos_velocity, pace)
             text = self._text_loss(hidden, TextArrays(*texts))
@@ -204,12 +221,16 @@ class ConsistencyStep(Step):
         logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
         return losses.text_loss(logits, text.target, text.weight)
 
-    def _cos_velocity(self, p: PictureArrays) -> mx.array:
-        """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample."""
+    def _cos_velocity(self, p: PictureArrays, prefix: list[KeysValues] | None = None) -> mx.array:
+        """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample.
+
+        prefix: keys and values of the prefixes, where student and teacher read alike.
+        """
         teacher, scale = self._teacher, self._settings.guidance
         if teacher is None:
             return p.sample_velocity
-        _, prefix = teacher.read_prefix(p.ids)
+        if prefix is None:
+            _, prefix = teacher.read_prefix(p.ids)
         cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
         if scale == 1:
             return cond
