@@ -51,6 +51,9 @@ class ModelConfig:
     """"none" (the paper: raster order through RoPE alone) or "learned" (one added vector per patch place)."""
     patch_skip: bool = False
     """Add the noisy patch, times a gain that depends on the angle, to the decoder's output (off in the paper)."""
+    painter: bool = False
+    """Own weights for the tokens of a picture that is being painted, beside those that read and write: a student
+    distilled this way leaves every other number of its teacher as it was."""
     time_frequencies: int = 32
     """Number of frequencies of the angle embedding; the highest is 1 radian per radian (arXiv 2410.11081, 4.1)."""
     prediction: str = "velocity"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.layers import Block, KeysValues, Mask
+from mlx_transfusion.models.painter import Painter
 from mlx_transfusion.models.patches import (
     AngleEmbedding,
     PatchDecoder,
@@ -36,6 +37,16 @@ class TrainArrays(NamedTuple):
     angle: mx.array  # float32 [M]
 
 
+class Part(Protocol):
+    """What a picture passes: the model itself, or its painter."""
+
+    angle_embedding: AngleEmbedding
+    patch_encoder: PatchEncoder
+    layers: list[Block]
+    norm: nn.RMSNorm
+    patch_decoder: PatchDecoder
+
+
 class Transfusion(nn.Module):
     """Text embedding and head, patch encoder and decoder (linear or U-Net), and one transformer in between."""
 
@@ -51,6 +62,8 @@ class Transfusion(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.patch_decoder = PatchDecoder(config)
+        if config.painter:
+            self.painter = Painter(config)
 
     @property
     def config(self) -> ModelConfig:
@@ -79,9 +92,9 @@ class Transfusion(nn.Module):
         x = self.embed_tokens(batch.ids)
         if m:  # text alone has no patches, and an empty array can neither be reshaped nor looked up
             angle = self.angle_embedding(batch.angle)
-            tokens, skips = self._patch_tokens(batch.patches, angle)
+            tokens, skips = _patch_tokens(self, batch.patches, angle)
             x = mx.where(batch.is_image, tokens.reshape(m * n, -1)[batch.patch_row], x)
-        hidden, _ = self._run(x, batch.mask, 0, [None] * len(self.layers))
+        hidden, _ = self._run(self, x, batch.mask, 0, [None] * len(self.layers))
         x = hidden.reshape(-1, hidden.shape[-1])
         logits = self.lm_head(x[batch.text_index])
         if not m:
@@ -97,7 +110,7 @@ class Transfusion(nn.Module):
         Returns the final hidden states [M, S, D] and each layer's keys and values. Padding comes last and is
         invisible to what stands before it; `paint` must be told not to look at it.
         """
-        return self._run(self.embed_tokens(ids), "causal", 0, [None] * len(self.layers))
+        return self._run(self, self.embed_tokens(ids), "causal", 0, [None] * len(self.layers))
 
     def paint(self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array) -> mx.array:
         """The network's prediction [M, N, P] for noisy patches [M, N, P] at angles [M], behind a read prefix.
@@ -105,13 +118,14 @@ class Transfusion(nn.Module):
         lengths int [M] counts the prefix's real tokens. The prefix cannot see the picture, so it does not depend
         on `x` and `angle`: it may be shared by a value, its derivative along the trajectory, and its gradient.
         """
-        embedded = self.angle_embedding(angle)
+        part = self._painting
+        embedded = part.angle_embedding(angle)
         n, columns = x.shape[1], prefix[0][0].shape[2]
         seen = mx.arange(columns) < lengths[:, None]
         mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
-        tokens, skips = self._patch_tokens(x, embedded)
-        hidden, _ = self._run(tokens, mask, lengths, prefix)
-        return self.patch_decoder(hidden, x, embedded, skips)
+        tokens, skips = _patch_tokens(part, x, embedded)
+        hidden, _ = self._run(part, tokens, mask, lengths, prefix)
+        return part.patch_decoder(hidden, x, embedded, skips)
 
     def cos_velocity(
         self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array
@@ -138,17 +152,18 @@ class Transfusion(nn.Module):
         t = ids.shape[1]
         new = np.arange(t) < lengths[:, None]
         hidden = self._decode_tokens(
-            self.embed_tokens(mx.array(ids)), _text_mask(cache, new), cache, store=new
+            self, self.embed_tokens(mx.array(ids)), _text_mask(cache, new), cache, store=new
         )
         last = hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
         return self.lm_head(last)
 
     def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
         """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache."""
-        embedded = self.angle_embedding(angle)
-        tokens, skips = self._patch_tokens(x, embedded)
-        hidden = self._decode_image(tokens, cache, store=False)
-        out = self.patch_decoder(hidden, x, embedded, skips)
+        part = self._painting
+        embedded = part.angle_embedding(angle)
+        tokens, skips = _patch_tokens(part, x, embedded)
+        hidden = self._decode_image(part, tokens, cache, store=False)
+        out = part.patch_decoder(hidden, x, embedded, skips)
         if self.config.prediction == "velocity":
             return out
         return trigflow.velocity_from_eps(x, out, angle[:, None, None])
@@ -156,7 +171,7 @@ class Transfusion(nn.Module):
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read CLEAN patches [B, N, P] (angle 0) into `cache`, so that what follows sees the finished picture."""
         embedded = self.angle_embedding(mx.zeros((x0.shape[0],)))
-        self._decode_image(self._patch_tokens(x0, embedded)[0], cache, store=True)
+        self._decode_image(self, _patch_tokens(self, x0, embedded)[0], cache, store=True)
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, C] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
@@ -169,38 +184,46 @@ class Transfusion(nn.Module):
         x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
         return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
 
-    def _patch_tokens(self, patches: mx.array, embedded: mx.array) -> tuple[mx.array, Skips]:
-        """Token vectors [B, N, D] of noisy patches, in the decoder's precision, and the encoder's skips.
+    @property
+    def _painting(self) -> Part:
+        """The weights that a noisy picture passes behind its prefix."""
+        return self.painter if "painter" in self else self
 
-        The angle's sines are always float32, and one float32 addend would turn the whole decoder into float32.
-        """
-        tokens, skips = self.patch_encoder(patches, embedded)
-        return tokens.astype(self.norm.weight.dtype), skips
-
-    def _decode_image(self, tokens: mx.array, cache: KVCache, store: bool) -> mx.array:
+    def _decode_image(self, part: Part, tokens: mx.array, cache: KVCache, store: bool) -> mx.array:
         """Hidden states of one picture's token vectors [B, N, D] behind the cache, and into it if `store`."""
         new = np.ones(tokens.shape[:2], bool)
         visible = cache.visible(new)
         mask = None if visible.all() else mx.array(visible[:, None, None])
-        return self._decode_tokens(tokens, mask, cache, new if store else None)
+        return self._decode_tokens(part, tokens, mask, cache, new if store else None)
 
-    def _decode_tokens(self, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None) -> mx.array:
+    def _decode_tokens(
+        self, part: Part, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None
+    ) -> mx.array:
         """Run the decoder on new token vectors [B, T, D]; `store` (which of them are real) puts them in the cache."""
-        hidden, added = self._run(x, mask, cache.offset(), cache.layers)
+        hidden, added = self._run(part, x, mask, cache.offset(), cache.layers)
         if store is not None:
             cache.append(added, store)
         return hidden
 
     def _run(
-        self, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
+        self, part: Part, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
     ) -> tuple[mx.array, list[KeysValues]]:
         """The decoder on token vectors [B, T, D] behind `past`: final hidden states, and new keys and values."""
         added = []
-        for layer, before in zip(self.layers, past, strict=True):
+        for layer, before in zip(part.layers, past, strict=True):
             run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
             x, new = run(x, mask, offset, before)
             added.append(new)
-        return self.norm(x), added
+        return part.norm(x), added
+
+
+def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array) -> tuple[mx.array, Skips]:
+    """Token vectors [B, N, D] of noisy patches, in the decoder's precision, and the encoder's skips.
+
+    The angle's sines are always float32, and one float32 addend would turn the whole decoder into float32.
+    """
+    tokens, skips = part.patch_encoder(patches, embedded)
+    return tokens.astype(part.norm.weight.dtype), skips
 
 
 def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:

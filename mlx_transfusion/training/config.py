@@ -74,6 +74,10 @@ class ConsistencyConfig:
     """A diffusion model to distil, which the student also starts from; None trains on the data alone."""
     guidance: float = 3.0
     """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none."""
+    student: str = "full"
+    """"full": the student is a model of its own, and the text loss stays in the objective. "painter": it is the
+    teacher with a second set of weights for pictures that are being painted (`ModelConfig.painter`), and only these
+    are trained."""
     tangent: str = "normalize"
     """"normalize" (to unit length; "ect": pseudo-Huber loss), "clip" (to [-1, 1]) or "none" (section 4.2)."""
     tangent_constant: float = 0.1
@@ -183,6 +187,8 @@ class TrainConfig:
                 )
         if self.model is None and self.start is None:
             raise UserError('training config: key "model" is missing, and there is no model to start from')
+        if self.consistency is not None and self.consistency.student == "painter" and self.start is None:
+            raise UserError('training config: consistency.student "painter" needs a teacher or init to stand beside')
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
         if self.accumulate > self.batch_size:
@@ -227,6 +233,7 @@ _CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "diffusion.distribution": ("uniform", "tan_lognormal"),
     "consistency.method": ("scm", "ect"),
+    "consistency.student": ("full", "painter"),
     "consistency.tangent": ("normalize", "clip", "none"),
 }
 

@@ -35,7 +35,7 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
 
 
 def _is_decoder_matrix(name: str, weight: mx.array) -> bool:
-    return weight.ndim == 2 and name.startswith("layers.")
+    return weight.ndim == 2 and name.startswith(("layers.", "painter.layers."))
 
 
 def set_learning_rate(optimizer: optim.Optimizer, config: OptimizerConfig, factor: float) -> None:

@@ -109,7 +109,9 @@ class Trainer:
             return False
         record = ckpt.read_record(found[-1])
         _check_same_run(record["config"], self.config, found[-1])
-        self.state = ckpt.load_checkpoint(found[-1], self.optimizer)
+        state = ckpt.load_checkpoint(found[-1], self.optimizer)
+        trained = self.step.model_weights(state.weights)
+        self.state = dataclasses.replace(state, ema={name: state.ema[name] for name in trained})
         self.model.update(self.step.model_weights(self.state.weights))
         self.step = self._new_step()  # compiled over the restored state
         return True
@@ -325,7 +327,8 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
         assert config.start is not None  # checked by TrainConfig
         shape = load_config(config.start)
         if config.consistency is not None:
-            shape = dataclasses.replace(shape, prediction="velocity")
+            own = config.consistency.student == "painter"
+            shape = dataclasses.replace(shape, prediction="velocity", painter=own)
     _check_consistency(config, shape)
     mx.random.seed(config.seed)
     model = Transfusion(shape)
@@ -333,13 +336,17 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
         begin = load(start, dtype=mx.float32).model  # stored in half precision perhaps
         theirs, ours = begin.config.to_dict(), shape.to_dict()
         # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
-        free = {"prediction"} if config.consistency is not None else set()
+        free = {"prediction", "painter"} if config.consistency is not None else set()
         if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
             raise UserError(
                 f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
                 f"{ours[differs[0]]}"
             )
         model.update(begin.parameters())
+        if shape.painter:
+            # Copies: the same array cannot be trained here and a constant of the compiled step there.
+            start_of = {name: begin.parameters()[name] for name in model.painter.parameters()}
+            model.painter.update(tree_map(lambda w: w + 0, start_of))
     mx.eval(model.parameters())
     return model
 
@@ -362,7 +369,8 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
         )
     free = {"prediction", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "qk_norm", "patch_positions",
-            "patch_skip", "time_frequencies", "max_position"}  # fmt: skip
+            "patch_skip", "time_frequencies", "max_position", "painter",
+            "patch_encoder", "unet_channels", "unet_blocks"}  # fmt: skip
     theirs, ours = teacher.config.to_dict(), shape.to_dict()
     if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
         raise UserError(
