@@ -24,6 +24,7 @@ from mlx_transfusion.lora import (
 from mlx_transfusion.model_files import check_shapes, write_json, write_safetensors
 from mlx_transfusion.model_io import Loaded, flat_parameters, load, weight_files
 from mlx_transfusion.model_path import ADAPTER_CONFIG, CONFIG_FILE, is_adapter
+from mlx_transfusion.models.transfusion import with_painter
 from mlx_transfusion.quantization import dequantize
 
 FLOAT16_LIMIT = 65504.0
@@ -61,6 +62,8 @@ def extract(
     old, new = _load(base), _load(model)
     if is_adapter(old.path):
         raise UserError(f"base {old.name} is an adapter itself: give the whole model that it belongs to")
+    if new.config.painter and not old.config.painter:
+        old.model = with_painter(old.model)
     _check_pair(old, new)
     arrays: dict[str, mx.array] = {}
     unchanged: list[str] = []

@@ -33,7 +33,7 @@ from mlx_transfusion.model_files import (
     write_safetensors,
 )
 from mlx_transfusion.model_path import ADAPTER_CONFIG, CONFIG_FILE, display_name, is_adapter, resolve
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 
@@ -123,7 +123,8 @@ def _load_adapter(path: Path, name: str, dtype: mx.Dtype | None) -> Loaded:
             f"{base.path} has weights {base.fingerprint}: use the right model, or extract the adapter again"
         )
     dequantize(base.model)
-    weights = lora.fuse(base.model, adapter, lora.read_adapter(path, adapter, base.model))
+    start = with_painter(base.model) if config.painter and not base.config.painter else base.model
+    weights = lora.fuse(start, adapter, lora.read_adapter(path, adapter, start))
     model = build(config)  # what it predicts may differ from the base
     check_weights(model, weights, str(path))
     model.load_weights(list(weights.items()))

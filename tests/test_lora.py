@@ -25,7 +25,7 @@ from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.lora_extract import Extracted, extract
 from mlx_transfusion.model_io import flat_parameters, load, load_config, save_model
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.quantization import quantize
 from mlx_transfusion.tokenizer import Tokenizer, train_sentencepiece
 
@@ -539,3 +539,20 @@ def test_bad_flags(pair: Path, cli: Callable[..., Any]) -> None:
     assert "--base" in cli("lora", "extract", "--model", pair / "student", "--output", "x").err
     done = cli("lora", "extract", *flags, "--json")
     assert json.loads(done.out)["rank"] == 32
+
+
+def test_a_painter_is_stored_beside_its_base(pair: Path) -> None:
+    """The base has no painter: the adapter holds what the painter's weights are more than the base's own."""
+    base = load(pair / "teacher")
+    student = with_painter(base.model)
+    layer = student.painter.layers[0].mlp.up_proj
+    layer.weight = layer.weight + 0.1 * mx.random.normal(layer.weight.shape, key=mx.random.key(1))
+    save_model(pair / "painter", student, base.tokenizer, {"objective": OBJECTIVE})
+    stored = extract(pair / "teacher", pair / "painter", FULL_RANK, pair / "beside")
+    arrays = mx.load(str(pair / "beside" / "adapters.safetensors"))
+    assert set(arrays) == {"painter.layers.0.mlp.up_proj.diff"}
+    assert stored.lost < 1e-3
+    again = load(pair / "beside")
+    assert again.config.painter
+    assert again.extra["objective"] == OBJECTIVE
+    assert distance(again.model, student) < 1e-3 * distance(again.model, with_painter(base.model))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
@@ -224,6 +226,16 @@ def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array) -> tuple[mx
     """
     tokens, skips = part.patch_encoder(patches, embedded)
     return tokens.astype(part.norm.weight.dtype), skips
+
+
+def with_painter(model: Transfusion) -> Transfusion:
+    """A model that also has a painter, whose weights begin as copies of its own; the model itself stays as it is."""
+    out = Transfusion(replace(model.config, painter=True))
+    weights = model.parameters()
+    own = {name: weights[name] for name in out.painter.parameters()}
+    # Copies: the same array cannot be trained in one place and be a constant of a compiled step in another.
+    out.update({**weights, "painter": tree_map(lambda w: w + 0, own)})
+    return out
 
 
 def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:

@@ -188,7 +188,9 @@ class TrainConfig:
         if self.model is None and self.start is None:
             raise UserError('training config: key "model" is missing, and there is no model to start from')
         if self.consistency is not None and self.consistency.student == "painter" and self.start is None:
-            raise UserError('training config: consistency.student "painter" needs a teacher or init to stand beside')
+            raise UserError(
+                'training config: consistency.student "painter" needs a teacher or init to stand beside'
+            )
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
         if self.accumulate > self.batch_size:

@@ -26,7 +26,7 @@ from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded as ModelFolder
 from mlx_transfusion.model_io import load, load_config
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
@@ -110,6 +110,7 @@ class Trainer:
         record = ckpt.read_record(found[-1])
         _check_same_run(record["config"], self.config, found[-1])
         state = ckpt.load_checkpoint(found[-1], self.optimizer)
+        self.model.update(state.ema)  # with a painter this is more than what is trained
         trained = self.step.model_weights(state.weights)
         self.state = dataclasses.replace(state, ema={name: state.ema[name] for name in trained})
         self.model.update(self.step.model_weights(self.state.weights))
@@ -342,11 +343,9 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
                 f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
                 f"{ours[differs[0]]}"
             )
+        if shape.painter and not begin.config.painter:
+            begin = with_painter(begin)
         model.update(begin.parameters())
-        if shape.painter:
-            # Copies: the same array cannot be trained here and a constant of the compiled step there.
-            start_of = {name: begin.parameters()[name] for name in model.painter.parameters()}
-            model.painter.update(tree_map(lambda w: w + 0, start_of))
     mx.eval(model.parameters())
     return model
 
