@@ -35,14 +35,14 @@ def test_it_fits_the_package(bundled: Loaded) -> None:
 
 def test_it_paints_what_captions_say(report: dict[str, Any]) -> None:
     # The full evaluation finds more than half; 24 pictures scatter around that by a tenth.
-    assert report["pictures"]["train"]["variant"]["rate"] >= 0.3
+    assert report["pictures"]["train"]["variant"]["rate"] >= 0.4
 
 
 def test_it_describes_pictures(report: dict[str, Any]) -> None:
     descriptions = report["descriptions"]["train"]
-    # 39% of 200 with their very own caption, short of the half that was aimed at; 61% counting variants.
-    assert descriptions["right"]["rate"] >= 0.2
-    assert descriptions["variant"]["rate"] >= 0.45
+    # 64% of 200 with their very own caption, 78% counting variants.
+    assert descriptions["right"]["rate"] >= 0.4
+    assert descriptions["variant"]["rate"] >= 0.55
 
 
 def test_captions_guide_it_at_full_noise(report: dict[str, Any]) -> None:
