@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-PANEL, GAP, TITLE, LEFT, BOTTOM = 230, 10, 18, 44, 22
+PANEL, GAP, TITLE, LEFT, RIGHT, BOTTOM = 230, 10, 18, 44, 20, 22
 SPAN = 2.4
 """Half the width of what a scatter plot shows, in data units."""
 GREY, BLUE, BLACK, RULE = (200, 200, 200), (40, 90, 200), (50, 50, 50), (235, 235, 235)
@@ -46,7 +46,7 @@ def curves(title: str, lines: Mapping[str, Curve], low: float, high: float, widt
     draw = ImageDraw.Draw(image)
     draw.text((LEFT, 3), title, BLACK)
     last = max(step for line in lines.values() for step, _ in line)
-    across = width - LEFT - 8
+    across = width - LEFT - RIGHT
 
     def place(step: float, value: float) -> tuple[float, float]:
         value = min(max(value, low), high) if math.isfinite(value) else high
@@ -55,7 +55,7 @@ def curves(title: str, lines: Mapping[str, Curve], low: float, high: float, widt
 
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         y = place(0, 10.0**power)[1]
-        draw.line([(LEFT, y), (width - 8, y)], RULE)
+        draw.line([(LEFT, y), (width - RIGHT, y)], RULE)
         draw.text((4, y - 6), f"{10.0**power:g}", BLACK)
     for i in range(5):
         draw.text((LEFT + across * i / 4 - 10, TITLE + PANEL + 6), f"{last * i / 4:.0f}", BLACK)

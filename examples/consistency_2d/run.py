@@ -113,7 +113,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each student")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of each student")
     parser.add_argument(
         "--quick", action="store_true", help="seconds: two students, 20 steps, for a smoke test"
     )
