@@ -14,7 +14,7 @@ from mlx_transfusion.models.transfusion import Transfusion
 
 
 def quantize(model: Transfusion, bits: int = 8, group_size: int = 64) -> Transfusion:
-    """Quantise the text embedding, the head and the decoder's matrices in place; returns the model.
+    """Quantise the text embedding, the head and the matrices of decoder and painter in place; returns the model.
 
     The layers of patches and angles stay as they are: they are small, and every pixel passes them. So does a
     matrix whose rows do not divide into groups. Raises UserError for bits or a group size that mlx lacks.
@@ -27,7 +27,7 @@ def quantize(model: Transfusion, bits: int = 8, group_size: int = 64) -> Transfu
 
     def wanted(path: str, module: nn.Module) -> bool:
         divides = hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
-        return divides and path.startswith(("embed_tokens", "lm_head", "layers."))
+        return divides and path.startswith(("embed_tokens", "lm_head", "layers.", "painter.layers."))
 
     nn.quantize(model, group_size, bits, class_predicate=wanted)
     return model

@@ -16,7 +16,7 @@ from mlx_transfusion import model_io
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import flat_parameters, load, load_config, save_model
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.quantization import parameter_count, quantize
 from mlx_transfusion.tokenizer import Tokenizer
 
@@ -148,6 +148,22 @@ def test_quantising_leaves_matrices_alone_that_do_not_divide(
     assert scaled == {f"layers.{i}.mlp.down_proj" for i in range(2)}
     with pytest.raises(UserError, match="7 bits"):
         quantize(model, bits=7)
+
+
+def test_a_painter_is_quantised_like_the_model_beside_it(
+    make_model: MakeModel, tmp_path: Path, tiny_config: ModelConfig, tiny_tokenizer: Tokenizer
+) -> None:
+    plain = with_painter(make_model(tiny_config))
+    model = quantize(with_painter(make_model(tiny_config)), bits=8, group_size=32)
+    own = {k for k in flat_parameters(model) if k.startswith("layers.") and k.endswith("scales")}
+    beside = {k for k in flat_parameters(model) if k.startswith("painter.") and k.endswith("scales")}
+    assert beside == {f"painter.{k}" for k in own}
+    assert own
+    assert parameter_count(model) == parameter_count(plain)
+    save_model(tmp_path, model, tiny_tokenizer)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        for name, value in flat(load(tmp_path).model).items():
+            np.testing.assert_allclose(value, flat(plain)[name], atol=0.01)
 
 
 @pytest.fixture
