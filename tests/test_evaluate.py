@@ -26,7 +26,7 @@ from mlx_transfusion.evaluation.describing import describe_pictures
 from mlx_transfusion.evaluation.report import QUICK_STEPS, evaluate, settings_for
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
 from mlx_transfusion.evaluation.table import table
-from mlx_transfusion.generation import Finished, Token, complete, describe
+from mlx_transfusion.generation import Finished, Token, complete, describe, generate_images
 from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import Loaded, load, save_model
 from mlx_transfusion.models.transfusion import Transfusion
@@ -355,7 +355,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "emoji"
 
 
 def contact_sheet() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("contact_sheet", EXAMPLES / "contact_sheet.py")
+    return script("contact_sheet")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -393,6 +397,37 @@ def test_contact_sheet(
     np.testing.assert_array_equal(both[m : m + p, m : m + p], reference)  # reference, above
     beneath = sheet[m + p + 2 : 2 * m + p + 30, :p]
     assert beneath.min() < 120  # the caption
+
+
+def test_teacher_and_student_side_by_side(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = script("side_by_side")
+    teacher = load(tiny_model_dir)
+    objective = {"objective": {"name": "consistency", "method": "scd", "guidance": 3.0}}
+    student = save_model(tmp_path / "student", teacher.model, teacher.tokenizer, objective)
+    output = tmp_path / "rows.png"
+    arguments = [
+        "side_by_side.py", "--teacher", str(tiny_model_dir), "--student", str(student),
+        "--config", str(folder / "evaluate.toml"), "--count", "3", "--output", str(output),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    record = read_record(output)
+    assert [CAPTIONS[seed] for seed in record["seeds"]] == record["captions"]
+    ways = [f"{role}, {what}" for role, rows in module.WAYS.items() for what, _ in rows]
+    assert list(record["seconds"]) == ways
+    assert all(seconds > 0 for seconds in record["seconds"].values())
+    m, p = module.MARGIN, module.PICTURE
+    with Image.open(output) as image:
+        assert image.width == module.LABEL + 3 * (p + 2 * m)
+        sheet = np.asarray(image)
+    settings = module.WAYS["student"][1][1]
+    first = generate_images(load(student), record["captions"][0], record["seeds"][0], settings)[0].pixels
+    row = len(ways) - 1
+    top, left = row * (p + 2 * m) + m, module.LABEL + m
+    np.testing.assert_array_equal(sheet[top : top + p, left : left + p], np.asarray(module.enlarged(first)))
 
 
 def test_caption_text_that_the_font_can_show() -> None:
