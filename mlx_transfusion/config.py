@@ -54,6 +54,8 @@ class ModelConfig:
     painter: bool = False
     """Own weights for the tokens of a picture that is being painted, beside those that read and write: a student
     distilled this way leaves every other number of its teacher as it was."""
+    guidance_condition: bool = False
+    """The guidance scale is an input beside the angle: a student that was distilled with a range of scales."""
     time_frequencies: int = 32
     """Number of frequencies of the angle embedding; the highest is 1 radian per radian (arXiv 2410.11081, 4.1)."""
     prediction: str = "velocity"

@@ -8,6 +8,7 @@ numbers of one are nonsense in a sampler of the other, hence the record. Imports
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,7 +30,9 @@ class Objective:
     teacher: str | None = None
     """Fingerprint of the teacher's weights."""
     guidance: float | None = None
-    """Guidance scale of the teacher that was learned; None and 1 are none."""
+    """Guidance scale of the teacher that was learned; None and 1 are none. With a range, the default of it."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest scale that was learned, of a model that is told the scale."""
     angles: tuple[float, ...] | None = None
     """Its middle angles in radians; None means those of the sampler."""
 
@@ -41,7 +44,21 @@ class Objective:
     @property
     def guidance_inside(self) -> bool:
         """Whether one pass already paints a guided picture."""
-        return self.consistency and self.guidance not in (None, 1.0)
+        return self.consistency and (self.guidance_range is not None or self.guidance not in (None, 1.0))
+
+
+def check_guidance_range(low: float, high: float, guidance: float | None, where: str) -> None:
+    """Raises UserError unless 0 <= low < high and the default scale lies between them."""
+    if not 0 <= low < high < math.inf:
+        raise UserError(
+            f"{where}guidance_range is [{low:g}, {high:g}]: use two numbers of 0 or more, the lower one first"
+        )
+    if guidance is None or not low <= guidance <= high:
+        scale = "missing" if guidance is None else f"{guidance:g}"
+        raise UserError(
+            f"{where}guidance is {scale}: with guidance_range [{low:g}, {high:g}] it is the default scale, "
+            f"choose one from {low:g} to {high:g}"
+        )
 
 
 def read_objective(extra: Mapping[str, Any], model: str) -> Objective:
@@ -61,4 +78,6 @@ def read_objective(extra: Mapping[str, Any], model: str) -> Objective:
         from mlx_transfusion.sampling import check_middle_angles
 
         check_middle_angles(objective.angles, f"{where}.angles")
+    if objective.guidance_range is not None:
+        check_guidance_range(*objective.guidance_range, objective.guidance, f"{where}.")
     return objective

@@ -41,7 +41,7 @@ def paint(
     resolved = settings.resolve()
     cache = prefill(model, prefix_ids)
     guide = None
-    if resolved.guidance != 1:
+    if resolved.guidance != 1 and not model.config.guidance_condition:
         c = model.config
         guide = prefill(model, [negative_ids or [c.bos_token_id, c.boi_token_id]])
     return paint_after(model, cache, seeds, resolved, guide=guide, callback=callback)
@@ -83,7 +83,8 @@ def paint_after(
     """Paint one picture after each row of `cache` (B rows, each ending in BOI) -> clean patches [B, N, P].
 
     guide: the keys and values that guidance leads away from, of B rows or of one for all; None means without
-    guidance. picture: its number in the document, which addresses its noise. The caches stay as they are.
+    guidance. A model with `guidance_condition` needs none: it is told the scale. picture: its number in the
+    document, which addresses its noise. The caches stay as they are.
     """
     shape = (model.config.patches_per_image, model.config.patch_dim)
     x = _stack([noise.normal(seed, picture, shape, START_STREAM) for seed in seeds])
@@ -117,17 +118,22 @@ def _angles(model: Transfusion, settings: ResolvedSettings) -> list[float]:
 def _guided_velocity(
     model: Transfusion, cache: KVCache, guide: KVCache | None, settings: ResolvedSettings
 ) -> sampling.Velocity:
-    """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active."""
+    """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active.
+
+    A model that knows the scale gives the guided one itself.
+    """
     guidance = sampling.Guidance(settings.guidance, settings.guidance_interval)
     batch = cache.batch
-    both = None
-    if guide is not None:
+    both, condition = None, {}
+    if model.config.guidance_condition:
+        condition = {"guidance": mx.full((batch,), settings.guidance)}
+    elif guide is not None:
         both = cache.stack(guide if guide.batch == batch else guide.select([0] * batch))
 
     def velocity(x: mx.array, angle: float) -> mx.array:
         mx.eval(x)  # one graph a step, not one for all
         if both is None or not guidance.active(angle):
-            return model.velocity(x, mx.full((batch,), angle), cache)
+            return model.velocity(x, mx.full((batch,), angle), cache, **condition)
         v = model.velocity(mx.concatenate([x, x]), mx.full((2 * batch,), angle), both)
         return sampling.guided(v[:batch], v[batch:], guidance.scale)
 

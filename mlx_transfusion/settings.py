@@ -35,7 +35,8 @@ class GenerationSettings:
     """How a diffusion sampler's steps are spaced over the noise angle: a name of `sampling.SPACINGS`."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none and costs half (arXiv 2408.11039, section 4: 3 to 5). None:
-    DIFFUSION_GUIDANCE, or CONSISTENCY_GUIDANCE with the consistency sampler."""
+    DIFFUSION_GUIDANCE, or CONSISTENCY_GUIDANCE with the consistency sampler. A consistency model with a
+    `guidance_range` paints with any scale of it at the same cost; None is its own."""
     guidance_interval: tuple[float, float] = (0.0, math.pi / 2)
     """Noise angles in radians, low and high, between which guidance applies."""
     negative_prompt: str = ""
@@ -103,7 +104,7 @@ class GenerationSettings:
 
         extra: the extra tables of its config.json (`model_io.Loaded.extra`); model: its name, for messages.
         Raises UserError for settings out of range and for those that the model cannot paint with: a sampler
-        of the other kind, and guidance on top of guidance that is baked in.
+        of the other kind, guidance on top of guidance that is baked in, and a scale that it has not learned.
         """
         objective = read_objective(extra, model)
         if objective.consistency:
@@ -122,15 +123,30 @@ class GenerationSettings:
                 f"model {model} is a consistency model and does not give the diffusion velocity that sampler "
                 f"'{self.sampler}' needs: use sampler '{CONSISTENCY}' or leave it out"
             )
-        if self.guidance not in (None, 1.0) and objective.guidance_inside:
+        if objective.guidance_range is not None:
+            self._check_learned_scale(*objective.guidance_range, model)
+        elif self.guidance not in (None, 1.0) and objective.guidance_inside:
             raise UserError(
                 f"model {model} has guidance {objective.guidance:g} baked in, and guidance {self.guidance:g} "
                 f"cannot come on top: leave it out"
             )
-        if self.guidance in (None, 1.0) and self.negative_prompt.strip():
+        one_pass = self.guidance in (None, 1.0) or objective.guidance_range is not None
+        if one_pass and self.negative_prompt.strip():
             raise UserError(
                 f"model {model} paints without a second pass for guidance, and so without a negative prompt: "
                 f"leave it out"
+            )
+
+    def _check_learned_scale(self, low: float, high: float, model: str) -> None:
+        if self.guidance is not None and not low <= self.guidance <= high:
+            raise UserError(
+                f"model {model} has learned guidance {low:g} to {high:g}, and guidance {self.guidance:g} is "
+                f"outside: choose one inside, or leave it out"
+            )
+        if self.guidance_interval != DEFAULTS.guidance_interval:
+            raise UserError(
+                f"model {model} paints without a second pass for guidance, which then has no interval of "
+                f"angles: leave it out"
             )
 
     def resolve(self, objective: Objective | None = None) -> ResolvedSettings:
@@ -148,6 +164,8 @@ class GenerationSettings:
         angles = self._middle_angles(objective) if consistency else self.angles
         steps = self.steps or get_sampler(sampler).default_steps
         guidance = CONSISTENCY_GUIDANCE if consistency else DIFFUSION_GUIDANCE
+        if objective.guidance_range is not None and objective.guidance is not None:
+            guidance = objective.guidance
         values = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "sampler": sampler,
             "steps": steps if angles is None else 1 + len(angles),

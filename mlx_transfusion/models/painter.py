@@ -19,7 +19,7 @@ class Painter(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.angle_embedding = AngleEmbedding(config)
+        self.angle_embedding = AngleEmbedding(config, config.guidance_condition)
         self.patch_encoder = PatchEncoder(config)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -33,19 +33,32 @@ class AngleEmbedding(nn.Module):
 
     The highest frequency is 1, so that the derivative by the angle stays of order one and a consistency model
     can start from these weights (arXiv 2410.11081, section 4.1).
+
+    guidance: with a layer for the guidance scale, which is embedded like the angle and added behind one linear map.
+    That starts at zero, so the model begins as one without; and it does not depend on the angle, so the scale has
+    no part in a derivative along a trajectory.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, guidance: bool = False) -> None:
         super().__init__()
         n = config.time_frequencies
         self._frequencies = 100.0 ** (-mx.arange(n) / max(1, n - 1))
         self.fc1 = nn.Linear(2 * n, config.hidden_size)
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
+        if guidance:
+            self.guidance = _zero_linear(2 * n, config.hidden_size)
 
-    def __call__(self, angle: mx.array) -> mx.array:
-        """Angles [B] in radians -> [B, D]."""
-        x = angle[:, None] * self._frequencies
-        return self.fc2(silu(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))
+    def __call__(self, angle: mx.array, guidance: mx.array | None = None) -> mx.array:
+        """Angles [B] in radians -> [B, D].
+
+        guidance: scales [B], of pictures that are being painted; None for pictures that are read.
+        """
+        out = self.fc2(silu(self.fc1(self._waves(angle))))
+        return out if guidance is None else out + self.guidance(self._waves(guidance))
+
+    def _waves(self, values: mx.array) -> mx.array:
+        x = values[:, None] * self._frequencies
+        return mx.concatenate([mx.cos(x), mx.sin(x)], -1)
 
 
 class PatchEncoder(nn.Module):

@@ -58,7 +58,8 @@ class Transfusion(nn.Module):
         self._gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_tokens.weight = mx.random.normal(self.embed_tokens.weight.shape)
-        self.angle_embedding = AngleEmbedding(config)
+        # Of a painter's model it is the painter alone that paints, so only it is told the scale.
+        self.angle_embedding = AngleEmbedding(config, config.guidance_condition and not config.painter)
         self.patch_encoder = PatchEncoder(config)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -114,14 +115,22 @@ class Transfusion(nn.Module):
         """
         return self._run(self, self.embed_tokens(ids), "causal", 0, [None] * len(self.layers))
 
-    def paint(self, x: mx.array, angle: mx.array, prefix: list[KeysValues], lengths: mx.array) -> mx.array:
+    def paint(
+        self,
+        x: mx.array,
+        angle: mx.array,
+        prefix: list[KeysValues],
+        lengths: mx.array,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
         """The network's prediction [M, N, P] for noisy patches [M, N, P] at angles [M], behind a read prefix.
 
         lengths int [M] counts the prefix's real tokens. The prefix cannot see the picture, so it does not depend
         on `x` and `angle`: it may be shared by a value, its derivative along the trajectory, and its gradient.
+        guidance: the scales [M] of a model with `guidance_condition`.
         """
         part = self._painting
-        embedded = part.angle_embedding(angle)
+        embedded = part.angle_embedding(angle, guidance)
         n, columns = x.shape[1], prefix[0][0].shape[2]
         seen = mx.arange(columns) < lengths[:, None]
         mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
@@ -159,10 +168,15 @@ class Transfusion(nn.Module):
         last = hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
         return self.lm_head(last)
 
-    def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
-        """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache."""
+    def velocity(
+        self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
+    ) -> mx.array:
+        """TrigFlow velocity of noisy patches [B, N, P] at angles [B] (radians), seen after the frozen cache.
+
+        guidance: the scales [B] of a model with `guidance_condition`, which gives the guided one in this pass.
+        """
         part = self._painting
-        embedded = part.angle_embedding(angle)
+        embedded = part.angle_embedding(angle, guidance)
         tokens, skips = _patch_tokens(part, x, embedded)
         hidden = self._decode_image(part, tokens, cache, store=False)
         out = part.patch_decoder(hidden, x, embedded, skips)
@@ -233,8 +247,9 @@ def with_painter(model: Transfusion) -> Transfusion:
     out = Transfusion(replace(model.config, painter=True))
     weights = model.parameters()
     own = {name: weights[name] for name in out.painter.parameters()}
+    angle = {name: weights["angle_embedding"][name] for name in out.angle_embedding.parameters()}
     # Copies: the same array cannot be trained in one place and be a constant of a compiled step in another.
-    out.update({**weights, "painter": tree_map(lambda w: w + 0, own)})
+    out.update({**weights, "angle_embedding": angle, "painter": tree_map(lambda w: w + 0, own)})
     return out
 
 

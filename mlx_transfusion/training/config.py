@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_transfusion.config import PRESETS, ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.objective import check_guidance_range
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class ConsistencyConfig:
     teacher: str | None = None
     """A diffusion model to distil, which the student also starts from; None trains on the data alone."""
     guidance: float = 3.0
-    """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none."""
+    """Guidance scale of the teacher, which the student learns to paint with in one pass; 1 is none. With a
+    `guidance_range`, the scale that the student is compared at and paints with unless told otherwise."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest scale: every picture is distilled with a scale of its own from this range, which the
+    student is told (section 5), so that it can be chosen when painting. None: `guidance` alone."""
     student: str = "full"
     """"full": the student is a model of its own, and the text loss stays in the objective. "painter": it is the
     teacher with a second set of weights for pictures that are being painted (`ModelConfig.painter`), and only these
@@ -97,6 +102,11 @@ class ConsistencyConfig:
     """Pictures whose one- and two-step versions are compared with the teacher's at every validation."""
 
     def __post_init__(self) -> None:
+        if self.guidance_range is not None:
+            where = "training config: consistency."
+            check_guidance_range(*self.guidance_range, self.guidance, where)
+            if self.teacher is None:
+                raise UserError(f"{where}guidance_range needs a teacher to guide: name one, or leave it out")
         smallest = self.gap_factor**self.gap_stages
         if smallest > _LARGEST_SHRINKAGE:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,13 @@ from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.comparison import paint_rows
 from mlx_transfusion.training.config import ConsistencyConfig, TrainConfig
 from mlx_transfusion.training.data import DataSet, Document
-from mlx_transfusion.training.prefix_data import PrefixBatch, count, prefix_batch, prefix_of
+from mlx_transfusion.training.prefix_data import (
+    PrefixBatch,
+    count,
+    guidance_scales,
+    prefix_batch,
+    prefix_of,
+)
 from mlx_transfusion.training.signals import Signals
 from mlx_transfusion.training.step import Step, Tree, cast, to_arrays
 from mlx_transfusion.training.tangents import method_of
@@ -42,6 +49,7 @@ class PictureArrays(NamedTuple):
     x: mx.array  # noisy patches [M, N, P]
     angle: mx.array  # float32 [M]
     sample_velocity: mx.array  # cos(a) times the velocity of the sample itself [M, N, P]
+    guidance: mx.array | None = None  # scales [M], where pictures have scales of their own
 
 
 class TextArrays(NamedTuple):
@@ -93,7 +101,11 @@ class ConsistencyStep(Step):
         """Arrays of one part of a step (numpy only)."""
         if self._text_frozen:
             documents = [d for d in documents if prefix_of(d) is not None]
-        return prefix_batch(data, documents, self._model.config.pad_token_id)
+        batch = prefix_batch(data, documents, self._model.config.pad_token_id)
+        if (between := self._settings.guidance_range) is None:
+            return batch
+        scales = guidance_scales(documents, len(batch.ids), *between, self._config.seed)
+        return replace(batch, guidance=scales)
 
     def count(self, data: DataSet, document: Document) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document."""
@@ -145,9 +157,14 @@ class ConsistencyStep(Step):
         paint_rows(rows, tokenizer, self._config.sample, file)
 
     def student_settings(self, steps: int) -> GenerationSettings:
-        """How the student paints in one step, or with the config's angles."""
-        angles = None if steps == 1 else self._settings.angles
-        return GenerationSettings(sampler="consistency", steps=steps, angles=angles, guidance=1.0)
+        """How the student paints in one step, or with the config's angles; told the scale, where it is to be."""
+        c = self._settings
+        return GenerationSettings(
+            sampler="consistency",
+            steps=steps,
+            angles=None if steps == 1 else c.angles,
+            guidance=1.0 if c.guidance_range is None else c.guidance,
+        )
 
     def teacher_settings(self) -> GenerationSettings:
         """How the teacher paints what the student is compared with."""
@@ -205,7 +222,7 @@ class ConsistencyStep(Step):
         self, w: Tree, p: PictureArrays, prefix: list[KeysValues], cos_velocity: mx.array, pace: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
-        network = partial(self._model.paint, prefix=prefix, lengths=p.lengths)
+        network = partial(self._model.paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
         t = self._method.tangent(network, p.x, p.angle, cos_velocity, pace)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
@@ -224,15 +241,17 @@ class ConsistencyStep(Step):
     def _cos_velocity(self, p: PictureArrays, prefix: list[KeysValues] | None = None) -> mx.array:
         """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample.
 
-        prefix: keys and values of the prefixes, where student and teacher read alike.
+        Pictures that have scales of their own are each guided with their own. prefix: keys and values of the
+        prefixes, where student and teacher read alike.
         """
-        teacher, scale = self._teacher, self._settings.guidance
+        teacher = self._teacher
+        scale: Any = self._settings.guidance if p.guidance is None else p.guidance[:, None, None]
         if teacher is None:
             return p.sample_velocity
         if prefix is None:
             _, prefix = teacher.read_prefix(p.ids)
         cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
-        if scale == 1:
+        if p.guidance is None and scale == 1:
             return cond
         c, m = teacher.config, p.x.shape[0]
         _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
@@ -253,6 +272,7 @@ def _arrays(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, Text
         trigflow.mix(x0, z, a),
         angle,
         mx.cos(a) * trigflow.velocity_target(x0, z, a),
+        None if batch.guidance is None else mx.array(batch.guidance),
     )
     texts = TextArrays(*(mx.array(t) for t in (batch.text_index, batch.text_target, batch.text_weight)))
     return pictures, texts

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_transfusion import sequence
+from mlx_transfusion import noise, sequence
 from mlx_transfusion.sequence import Image, Text
 from mlx_transfusion.training.data import TOKEN_MULTIPLE, Batch, DataSet, Document, Pictures
 
 PICTURE_MULTIPLE = 8
 """Steps of the number of pictures, and COLUMN_MULTIPLE of prefix lengths: compiled shapes stay few."""
 COLUMN_MULTIPLE = 4
+GUIDANCE_STREAM = "train/guidance"
+"""The draw of a document's guidance scale, at its number (noise.py)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class PrefixBatch:
     """Tokens of one picture."""
     rest: Batch | None
     """The other documents: text alone, text behind a picture, several pictures."""
+    guidance: np.ndarray | None = None
+    """Guidance scale of each picture, where they have scales of their own. float32 [M]"""
 
     @property
     def text_targets(self) -> int:
@@ -97,6 +101,20 @@ def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) 
         patches,
         _rest(data, rest) if rest else None,
     )
+
+
+def guidance_scales(
+    documents: Sequence[Document], rows: int, low: float, high: float, seed: int
+) -> np.ndarray:
+    """The scale of each picture of `prefix_batch`, uniform in [low, high): float32 [rows], padding has `low`.
+
+    It depends on the document's number alone, as all its draws do: resuming and other splits change nothing.
+    """
+    numbers = [d.number for d in documents if prefix_of(d) is not None]
+    out = np.full(rows, low, np.float32)
+    for row, number in enumerate(numbers):
+        out[row] = low + (high - low) * float(noise.uniform(seed, number, (), GUIDANCE_STREAM))
+    return out
 
 
 def _rest(data: DataSet, documents: Sequence[Document]) -> Batch:

@@ -331,6 +331,8 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
             own = config.consistency.student == "painter"
             shape = dataclasses.replace(shape, prediction="velocity", painter=own)
     _check_consistency(config, shape)
+    if config.consistency is not None and config.consistency.guidance_range is not None:
+        shape = dataclasses.replace(shape, guidance_condition=True)
     mx.random.seed(config.seed)
     model = Transfusion(shape)
     if start is not None:
@@ -338,6 +340,8 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
         theirs, ours = begin.config.to_dict(), shape.to_dict()
         # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
         free = {"prediction", "painter"} if config.consistency is not None else set()
+        if not begin.config.guidance_condition:
+            free.add("guidance_condition")  # a layer that starts at zero
         if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
             raise UserError(
                 f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
@@ -355,6 +359,11 @@ def _check_consistency(config: TrainConfig, shape: ModelConfig) -> None:
         raise UserError(
             f'[model]: prediction is "{shape.prediction}"; a consistency model predicts the "velocity": change it'
         )
+    if shape.guidance_condition and (config.consistency is None or config.consistency.guidance_range is None):
+        raise UserError(
+            "[model]: guidance_condition is for a student of several guidance scales: distil with "
+            "consistency.guidance_range, or leave it out"
+        )
 
 
 def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
@@ -368,7 +377,7 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
         )
     free = {"prediction", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "qk_norm", "patch_positions",
-            "patch_skip", "time_frequencies", "max_position", "painter",
+            "patch_skip", "time_frequencies", "max_position", "painter", "guidance_condition",
             "patch_encoder", "unet_channels", "unet_blocks"}  # fmt: skip
     theirs, ours = teacher.config.to_dict(), shape.to_dict()
     if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
@@ -385,15 +394,16 @@ def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, An
     if c is None:
         return None
     continuous = "sct" if teacher is None else "scd"
-    return {
-        "objective": {
-            "name": CONSISTENCY,
-            "method": continuous if c.method == "scm" else c.method,
-            "teacher": teacher.fingerprint if teacher else None,
-            "guidance": c.guidance if teacher else 1.0,
-            "angles": list(c.angles),
-        }
+    table: dict[str, Any] = {
+        "name": CONSISTENCY,
+        "method": continuous if c.method == "scm" else c.method,
+        "teacher": teacher.fingerprint if teacher else None,
+        "guidance": c.guidance if teacher else 1.0,
+        "angles": list(c.angles),
     }
+    if c.guidance_range is not None:
+        table["guidance_range"] = list(c.guidance_range)
+    return {"objective": table}
 
 
 _MAY_CHANGE = re.compile(
