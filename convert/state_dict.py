@@ -1,7 +1,8 @@
 """Our own model from a PyTorch (or safetensors) state dict that uses our parameter names.
 
-Linear layers, embeddings and norms are laid out alike in PyTorch and MLX, so no tensor needs arithmetic here,
-and the table of names and shapes is the model's own tree of parameters.
+Linear layers, embeddings and norms are laid out alike in PyTorch and MLX, so no tensor needs arithmetic here
+(convolutions of a U-Net are expected as MLX has them, [out, height, width, in]), and the table of names and shapes is
+the model's own tree of parameters.
 """
 
 from __future__ import annotations

@@ -186,12 +186,18 @@ _UNET = "-unet"
 
 def preset(name: str) -> ModelConfig:
     """The paper's model of that size, "7b-unet" with its U-Net; raises UserError for an unknown name."""
+    return ModelConfig(**preset_fields(name))
+
+
+def preset_fields(name: str, where: str = "") -> dict[str, Any]:
+    """The fields of `preset`; raises UserError, which begins with `where`, for an unknown name."""
     size = name.removesuffix(_UNET)
     if size not in PRESETS:
         raise UserError(
-            f'preset "{name}" is unknown, expected one of {", ".join(PRESETS)}, with or without "{_UNET}" behind it'
+            f'{where}preset "{name}" is unknown, expected one of {", ".join(PRESETS)}, '
+            f'with or without "{_UNET}" behind it'
         )
-    return ModelConfig(**PRESETS[size] | (PAPER_UNET if name.endswith(_UNET) else {}))
+    return PRESETS[size] | (PAPER_UNET if name.endswith(_UNET) else {})
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:

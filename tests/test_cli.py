@@ -63,6 +63,8 @@ def test_help_imports_neither_mlx_nor_numpy() -> None:
         "evaluate",
         "tokenizer",
         "tokenizer train",
+        "lora",
+        "lora extract",
     ]
     code = f"""
 import sys

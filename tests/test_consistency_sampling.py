@@ -520,7 +520,7 @@ def test_bundled_names(
     result = cli("generate", "moon", "--model", "emoji-2step", "--seed", 1)
     assert (result.code, result.out) == (0, "image.png\n")
     assert read_record("image.png")["model"] == "emoji-2step"
-    assert 'the bundled model "emoji" is missing' in cli("generate", "moon").err
+    assert 'the bundled model "emoji" is missing' in cli("generate", "moon", "--model", "emoji").err
     monkeypatch.setattr(model_path, "DEFAULT_MODEL", "emoji-2step")
     assert cli("generate", "moon", "--seed", 1, "--overwrite").code == 0
     assert read_record("image.png")["model"] == "emoji-2step"

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.settings import GenerationSettings
-from mlx_transfusion.training.config import _override as override_key
+from mlx_transfusion.training.config import override_key
 
 DATA_VARIABLE = "MLX_TRANSFUSION_DATA"
 """Environment variable that names the data folder instead of the TOML's `data`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_transfusion.config import PRESETS, ModelConfig, from_dict
+from mlx_transfusion.config import ModelConfig, from_dict, preset_fields
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.objective import check_guidance_range
 
@@ -272,7 +272,7 @@ def load_train_config(path: str | Path, overrides: list[str] | None = None) -> T
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     for item in overrides or []:
-        _override(data, item)
+        override_key(data, item)
     _resolve(data, path.parent)
     return from_dict(TrainConfig, data, str(path))
 
@@ -281,13 +281,12 @@ def model_config(config: TrainConfig, vocab_size: int, special: dict[str, int]) 
     """The ModelConfig of a run: preset, then the keys of [model], then the tokenizer's vocabulary."""
     data = dict(config.model or {})
     name = data.pop("preset", None)
-    if name is not None and name not in PRESETS:
-        raise UserError(f'[model]: preset "{name}" is unknown, expected one of {", ".join(PRESETS)}')
-    base = dict(PRESETS[name]) if name is not None else {}
+    base = preset_fields(name, "[model]: ") if name is not None else {}
     return ModelConfig.from_dict({**base, **data, "vocab_size": vocab_size, **special}, "[model]")
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def override_key(data: dict[str, Any], item: str) -> None:
+    """Set one key of a TOML's data in place by "key.path=value". Raises UserError for what is no such text."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f'--set "{item}": expected key.path=value, e.g. --set optimizer.learning_rate=1e-3')
