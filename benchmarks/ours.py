@@ -102,7 +102,9 @@ class Training:
     def step(self) -> None:
         """Forward, backward and AdamW (and the moving average, which belongs to our step)."""
         batch = self.batch()
-        gradients, sums = self._step.gradients(self._weights, batch, batch.text_targets, self._workload.batch, 0)
+        gradients, sums = self._step.gradients(
+            self._weights, batch, batch.text_targets, self._workload.batch, 0
+        )
         mx.eval(gradients, sums)
         self._weights, self._average, norm = self._step.update(gradients, self._weights, self._average, 0.999)
         mx.eval(self._weights, self._average, self._optimizer.state, norm)

@@ -12,7 +12,7 @@ from mlx_transfusion.errors import UserError
 BUNDLED = ("emoji", "emoji-2step")
 """Models that come with the package, each the folder bundled/NAME: a diffusion model and its 2-step student."""
 
-DEFAULT_MODEL = "emoji"
+DEFAULT_MODEL = "emoji-2step"
 """The one of them that is used when none is named."""
 
 CONFIG_FILE = "config.json"

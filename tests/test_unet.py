@@ -21,7 +21,7 @@ from mlx_transfusion.config import PRESETS, ModelConfig, preset
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import build, flat_parameters, load, save_model
 from mlx_transfusion.models.patches import PatchDecoder, PatchEncoder, patchify
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.transfusion import Transfusion, _patch_tokens
 from mlx_transfusion.models.unet import ResnetBlock, UNetDown, UNetUp, levels, pixel_norm
 from mlx_transfusion.quantization import parameter_count
 from mlx_transfusion.sequence import Image, Text
@@ -301,7 +301,7 @@ def test_half_precision_weights_give_a_half_precision_decoder(
     patches, angle = map(mx.array, random_images(model, 3))
     exact = network_of(model)(patches, angle)
     model.set_dtype(mx.bfloat16)
-    tokens, _ = model._patch_tokens(patches, model.angle_embedding(angle))
+    tokens, _ = _patch_tokens(model, patches, model.angle_embedding(angle))
     assert tokens.dtype == mx.bfloat16
     assert relative(network_of(model)(patches, angle).astype(mx.float32), exact) < 0.1
 
