@@ -91,7 +91,7 @@ def main() -> None:
     for role, ways in WAYS.items():
         for what, settings in ways:
             pictures, seconds = painted(models[role], captions, seeds, settings)
-            rows.append((f"{role}, {what}:\n{1000 * seconds:.0f} ms", pictures))
+            rows.append((f"{role},\n{what}:\n{1000 * seconds:.0f} ms", pictures))
             times[f"{role}, {what}"] = seconds
     record = {
         "models": {role: [m.name, m.fingerprint] for role, m in models.items()},
