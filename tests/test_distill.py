@@ -18,7 +18,7 @@ from tiny_training import write_jsonl, write_run
 from mlx_transfusion import consistency, trigflow
 from mlx_transfusion.cli import _run
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_io import load
+from mlx_transfusion.model_io import load, save_model
 from mlx_transfusion.sequence import Image
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import checkpoints
@@ -610,3 +610,30 @@ def test_a_painter_needs_a_model_to_stand_beside(folder: Path) -> None:
     )
     with pytest.raises(UserError, match=r"needs a teacher or init|there is no model to start from"):
         load_train_config(toml)
+
+
+def test_a_painter_that_reads_otherwise_than_its_teacher_shares_no_prefix(
+    config: MakeConfig, folder: Path, tmp_path: Path
+) -> None:
+    """From another model than the teacher: the teacher's velocity must come from the teacher's own prefix."""
+    other = load(folder / "teacher")
+    embedding = other.model.embed_tokens
+    embedding.weight = embedding.weight + 0.5
+    save_model(tmp_path / "other", other.model, other.tokenizer)
+    alike = Trainer(config("consistency.student=painter", output="alike"))
+    apart = Trainer(config("consistency.student=painter", f"init={tmp_path / 'other'}", output="apart"))
+    assert step_of(alike)._read_alike
+    assert not step_of(apart)._read_alike
+    assert apart.teacher is not None
+    p, _ = _arrays(apart._load(0).parts[0], apart.model)
+    _, prefix = apart.teacher.model.read_prefix(p.ids)
+    wanted, found = step_of(alike)._cos_velocity(p, prefix), step_of(apart)._cos_velocity(p)
+    assert mx.abs(wanted - found).max().item() < 1e-5
+    _, wrong = apart.model.read_prefix(p.ids)
+    assert mx.abs(step_of(alike)._cos_velocity(p, wrong) - found).max().item() > 1e-3
+
+
+def test_a_full_student_cannot_start_from_a_painter(config: MakeConfig) -> None:
+    painter = train(config("consistency.student=painter", "steps=1", output="painter"))
+    with pytest.raises(UserError, match="has a painter"):
+        Trainer(config(f"init={painter}", output="full"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_transfusion import consistency, losses, trigflow
 from mlx_transfusion.models.layers import KeysValues
@@ -70,6 +71,8 @@ class ConsistencyStep(Step):
         assert config.consistency is not None
         self._settings: ConsistencyConfig = config.consistency
         self._teacher = teacher
+        # A painter that started from another model than its teacher has prefixes of its own.
+        self._read_alike = teacher is not None and _same_weights(teacher, model)
         self._method = method_of(config.consistency, config.steps)
         self._loss_weight = consistency.LossWeight()
         self._valid: tuple[list[list[int]], list[int], mx.array] | None = None
@@ -195,7 +198,7 @@ class ConsistencyStep(Step):
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
         constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
-        cos_velocity = mx.stop_gradient(self._cos_velocity(p, constant))
+        cos_velocity = mx.stop_gradient(self._cos_velocity(p, constant if self._read_alike else None))
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
@@ -257,6 +260,15 @@ class ConsistencyStep(Step):
         _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
         null = [(mx.repeat(k, m, 0), mx.repeat(v, m, 0)) for k, v in alone]
         return guided(cond, teacher.cos_velocity(p.x, p.angle, null, mx.full((m,), 2)), scale)
+
+
+def _same_weights(part: Transfusion, whole: Transfusion) -> bool:
+    """Whether every weight of `part` is found in `whole` under its name, bit for bit."""
+    ours = dict(tree_flatten(whole.parameters()))
+    return all(
+        name in ours and ours[name].shape == value.shape and bool(mx.array_equal(ours[name], value))
+        for name, value in dict(tree_flatten(part.parameters())).items()
+    )
 
 
 def _arrays(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, TextArrays]:

@@ -347,6 +347,10 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
                 f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
                 f"{ours[differs[0]]}"
             )
+        if begin.config.painter and not shape.painter:
+            raise UserError(
+                f'init {start}: has a painter; give consistency.student "painter" or another init'
+            )
         if shape.painter and not begin.config.painter:
             begin = with_painter(begin)
         model.update(begin.parameters())
