@@ -7,7 +7,6 @@ the model's own tree of parameters.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import mlx.core as mx
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json
 from mlx_transfusion.model_io import build, flat_parameters, save_model, special_ids
 from mlx_transfusion.model_path import CONFIG_FILE
 from mlx_transfusion.models.transfusion import Transfusion
@@ -92,13 +92,7 @@ def _overflowing(weights: Mapping[str, mx.array], dtype: mx.Dtype) -> list[str]:
 def _read_config(path: Path) -> ModelConfig:
     """Strictly ModelConfig's fields: tables about training or quantisation do not fit foreign weights."""
     file = path / CONFIG_FILE if path.is_dir() else path
-    try:
-        data = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the config: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
-    return ModelConfig.from_dict(data, str(file))
+    return ModelConfig.from_dict(read_json(file), str(file))
 
 
 def _write(path: Path, model: Transfusion, tokenizer: Tokenizer, dtype: mx.Dtype | None) -> None:

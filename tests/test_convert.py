@@ -319,7 +319,7 @@ def test_bad_configs_and_tokenizers(tmp_path: Path, inputs: Path, weights: Weigh
     good = tiny_config.to_dict()
     for content, message in (
         ("{", "not valid JSON"),
-        ("[1]", "expected a table of keys"),
+        ("[1]", "expected an object, found list"),
         (json.dumps(good | {"hiden_size": 1}), 'unknown key "hiden_size"; did you mean "hidden_size"'),
         (json.dumps(good | {"vocab_size": 100}), "has 288 tokens and the config's vocab_size is 100"),
         (json.dumps(good | {"num_hidden_layers": 1}), r"unexpected layers\.1\.input_layernorm\.weight"),
