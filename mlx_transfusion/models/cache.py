@@ -12,13 +12,15 @@ class KVCache:
     """Frozen keys and values of B rows.
 
     Every row occupies the same S columns; shorter rows have columns marked invalid, which attention masks.
-    `lengths` counts the valid ones and is the position of the next token. Arrays are replaced, never written
-    in place, so a copy made by `select` or `snapshot` stays as it was.
+    `lengths` counts the valid ones. Arrays are replaced, never written in place, so a copy made by `select` or
+    `snapshot` stays as it was.
     """
 
     def __init__(self, layers: int, batch: int) -> None:
         self.layers: list[KeysValues | None] = [None] * layers
         self.valid = np.zeros((batch, 0), bool)
+        self.positions = np.zeros(batch, int)
+        """Position of each row's next token [B]: the number of valid columns, unless a family counts otherwise."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -32,36 +34,40 @@ class KVCache:
 
     def offset(self) -> int | mx.array:
         """Position of the next token: one number when all rows agree, else one per row [B]."""
-        lengths = self.lengths
-        if self.batch and (lengths == lengths[0]).all():
-            return int(lengths[0])
-        return mx.array(lengths.astype(np.int32))
+        positions = self.positions
+        if self.batch and (positions == positions[0]).all():
+            return int(positions[0])
+        return mx.array(positions.astype(np.int32))
 
     def visible(self, new: np.ndarray | None = None) -> np.ndarray:
         """Which columns may be looked at, followed by those of `new` tokens [B, T]. bool [B, S(+T)]"""
         return self.valid if new is None else np.concatenate([self.valid, new], 1)
 
-    def append(self, new: list[KeysValues], valid: np.ndarray) -> None:
-        """Add T columns: one pair [B, K, T, E] per layer and which of them hold a token, bool [B, T]."""
+    def append(self, new: list[KeysValues], valid: np.ndarray, advance: np.ndarray | None = None) -> None:
+        """Add T columns: one pair [B, K, T, E] per layer and which of them hold a token, bool [B, T].
+
+        advance: how far each row's position moves [B]; None means one for each token.
+        """
         for i, (k, v) in enumerate(new):
             past = self.layers[i]
             self.layers[i] = (
                 (k, v) if past is None else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
             )
         self.valid = np.concatenate([self.valid, valid], 1)
+        self.positions = self.positions + (valid.sum(1) if advance is None else advance)
 
     def select(self, rows: list[int]) -> KVCache:
         """A new cache with the given rows, in that order (a row may repeat)."""
         out = KVCache(len(self.layers), len(rows))
         index = mx.array(rows)
         out.layers = [None if p is None else (p[0][index], p[1][index]) for p in self.layers]
-        out.valid = self.valid[rows]
+        out.valid, out.positions = self.valid[rows], self.positions[rows]
         return out
 
     def snapshot(self) -> KVCache:
         """An independent copy (cheap: arrays are shared)."""
         out = KVCache(len(self.layers), self.batch)
-        out.layers, out.valid = list(self.layers), self.valid
+        out.layers, out.valid, out.positions = list(self.layers), self.valid, self.positions
         return out
 
     def stack(self, other: KVCache) -> KVCache:
@@ -73,6 +79,7 @@ class KVCache:
             if p is not None and q is not None:
                 out.layers[i] = (mx.concatenate([p[0], q[0]]), mx.concatenate([p[1], q[1]]))
         out.valid = np.concatenate([a.valid, b.valid])
+        out.positions = np.concatenate([a.positions, b.positions])
         return out
 
     def _widened(self, columns: int) -> KVCache:
@@ -83,4 +90,5 @@ class KVCache:
         pad = [(0, 0), (0, 0), (0, missing), (0, 0)]
         out.layers = [None if p is None else (mx.pad(p[0], pad), mx.pad(p[1], pad)) for p in self.layers]
         out.valid = np.pad(self.valid, [(0, 0), (0, missing)])
+        out.positions = self.positions
         return out

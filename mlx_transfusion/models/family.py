@@ -1,0 +1,150 @@
+"""What generation asks of a model, whatever its family: to read, to write, and to paint.
+
+Two base classes, because a language model does no more than write. Everything behind the border of `velocity` is
+TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A family that
+was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and nothing else knows.
+
+A module `models/NAME.py` ends with `FAMILY = Family(config class, model class)`; model_io.py lists the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.cache import KVCache
+
+
+class FamilyConfig(Protocol):
+    """The fields of config.json of one family: a frozen dataclass."""
+
+    @property
+    def model_type(self) -> str:
+        """The family's name in config.json."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the text head."""
+
+    @property
+    def layout(self) -> Layout:
+        """How text and pictures stand in a sequence."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+
+
+class Family(NamedTuple):
+    """One entry of the table of families."""
+
+    config: Any
+    """Class with `from_dict(data, where)`, strict, whose instances are FamilyConfigs."""
+    model: Any
+    """Subclass of TextFamily, built from such an instance."""
+
+
+class TextFamily(nn.Module):
+    """A model that reads and writes text behind a cache of keys and values."""
+
+    @property
+    def config(self) -> FamilyConfig:
+        """The configuration the model was built from."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` rows."""
+        raise NotImplementedError
+
+    def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+        """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`.
+
+        Returns the logits [B, V] after each row's last token.
+        """
+        raise NotImplementedError
+
+    def prefill(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[mx.array, KVCache]:
+        """Read prompts once: as `extend_text`, into a new cache, which is returned beside the logits."""
+        cache = self.new_cache(len(ids))
+        return self.extend_text(ids, lengths, cache), cache
+
+
+class PictureFamily(TextFamily):
+    """A model that also paints: N tokens of P numbers a picture, denoised behind a frozen cache."""
+
+    predicts_noise = False
+    """Whether the network predicts eps, which says nothing about the picture at pi/2: sampling starts a little below."""
+    guidance_condition = False
+    """Whether `velocity` is told the guidance scale and needs no second pass."""
+    picture_channels = 3
+    """Channels of what `decode` gives."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(N, P): tokens of a picture and numbers in each, as `velocity` takes them."""
+        raise NotImplementedError
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) of the pictures that it paints, in pixels."""
+        raise NotImplementedError
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) that a user's picture is brought to before `read_picture`."""
+        return self.picture_size
+
+    def image_prefix(self, ids: Sequence[int]) -> list[int]:
+        """All that is read before the picture of a prompt is painted: BOS, the prompt's tokens, BOI."""
+        layout = self.config.layout
+        return [i for i in (layout.bos, *ids, layout.boi) if i is not None]
+
+    def guide(self, prefixes: Sequence[Sequence[int]], negative: Sequence[int] | None = None) -> KVCache:
+        """What classifier-free guidance leads away from: one row for all prefixes, or one for each.
+
+        negative: a whole prefix, of `image_prefix`; None means a prompt without any text.
+        """
+        ids = np.array([negative or self.image_prefix([])], np.int32)
+        return self.prefill(ids, np.array([ids.shape[1]]))[1]
+
+    def velocity(
+        self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
+    ) -> mx.array:
+        """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B] (radians), seen after the cache.
+
+        The cache stays as it is. guidance: the scales [B] of a model with `guidance_condition`.
+        """
+        raise NotImplementedError
+
+    def extend_image(self, x0: mx.array, cache: KVCache) -> None:
+        """Read the finished picture [B, N, P] that was painted after BOI, so that what follows sees it.
+
+        Raises UserError where the family cannot read what it paints.
+        """
+        raise UserError(
+            f"a {self.config.model_type} model cannot read a picture that it has painted: use generate for pictures"
+        )
+
+    def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
+        """Read a user's picture [B, H, W, 3] in [0, 1] with the tokens around it; returns logits [B, V] after it.
+
+        H, W are `input_size`. Raises UserError where the family cannot read pictures.
+        """
+        raise UserError(f"a {self.config.model_type} model cannot read pictures: it only paints them")
+
+    def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """Token ids before (without BOS) and behind a picture that ask for its description."""
+        return [], []
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
+        raise NotImplementedError
+
+    def decode(self, patches: mx.array) -> mx.array:
+        """Patches [B, N, P] -> pixels [B, H, W, C] in [0, 1]."""
+        raise NotImplementedError
