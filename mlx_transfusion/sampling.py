@@ -23,7 +23,16 @@ from itertools import pairwise
 from typing import Protocol
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.trigflow import NOISE_ANGLE, Array, eps_from_velocity, log_snr, rotate, x0_from_velocity
+from mlx_transfusion.trigflow import (
+    NOISE_ANGLE,
+    Array,
+    angle_from_flow_time,
+    eps_from_velocity,
+    flow_time_from_angle,
+    log_snr,
+    rotate,
+    x0_from_velocity,
+)
 
 Velocity = Callable[[Array, float], Array]
 Noise = Callable[[int], Array]
@@ -220,7 +229,7 @@ def get_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-SPACINGS = ("uniform", "karras")
+SPACINGS = ("uniform", "flow", "karras")
 _KARRAS_RHO = 7.0
 _KARRAS_MIN, _KARRAS_MAX = math.atan(0.004), math.atan(160.0)
 """EDM's sigma of 0.002 to 80 at data of standard deviation 0.5, as angles (Karras et al. 2022, table 1)."""
@@ -229,10 +238,11 @@ _KARRAS_MIN, _KARRAS_MAX = math.atan(0.004), math.atan(160.0)
 def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "uniform") -> list[float]:
     """The `steps` + 1 decreasing angles in radians of a run, from `start` down to exactly 0.0.
 
-    'uniform' takes equal turns: 250 steps from pi/2 are every fourth of the paper's 1000. 'karras' spaces
-    tan(a) by the power 7 (Karras et al. 2022, equation 5) and so spends more steps near the data; it begins
-    at atan(160) at the latest. A `start` below pi/2 resumes a partly noisy image. Raises UserError for steps
-    < 1, a start outside (0, pi/2] or an unknown spacing.
+    'uniform' takes equal turns: 250 steps from pi/2 are every fourth of the paper's 1000. 'flow' takes equal
+    steps of rectified flow's time sin / (sin + cos): 'ddim' on it is Euler's method for such a model, since both
+    keep a step's estimates of x0 and z. 'karras' spaces tan(a) by the power 7 (Karras et al. 2022, equation 5)
+    and so spends more steps near the data; it begins at atan(160) at the latest. A `start` below pi/2 resumes a
+    partly noisy image. Raises UserError for steps < 1, a start outside (0, pi/2] or an unknown spacing.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}: use at least 1")
@@ -242,6 +252,8 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
         )
     if spacing == "uniform":
         return [start * (steps - i) / steps for i in range(steps)] + [0.0]
+    if spacing == "flow":
+        return _flow_angles(steps, start)
     if spacing != "karras":
         raise UserError(f"unknown spacing '{spacing}'; {_nearest(spacing, SPACINGS)}")
     first = min(start, _KARRAS_MAX)
@@ -249,6 +261,12 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
         return [first, 0.0]
     high, low = (math.tan(a) ** (1 / _KARRAS_RHO) for a in (first, min(_KARRAS_MIN, first / 2)))
     return [math.atan((high + (low - high) * i / (steps - 1)) ** _KARRAS_RHO) for i in range(steps)] + [0.0]
+
+
+def _flow_angles(steps: int, start: float) -> list[float]:
+    """Equal steps of the noise fraction of rectified flow, as angles."""
+    first = flow_time_from_angle(start)
+    return [start] + [angle_from_flow_time(first * (steps - i) / steps) for i in range(1, steps)] + [0.0]
 
 
 MIDDLE_ANGLE = 1.1

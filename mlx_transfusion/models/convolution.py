@@ -1,7 +1,7 @@
 """2-D convolution with derivatives in both directions: mlx's own has none in forward mode.
 
 A convolution is linear in the picture and linear in the kernel, so its derivative along (dx, dw) is two more
-convolutions, conv(dx, w) + conv(x, dw). Layout: pictures [B, H, W, C], kernels [O, kh, kw, C].
+convolutions, conv(dx, w) + conv(x, dw). Layout: pictures [B, H, W, C], kernels [O, kh, kw, C / groups].
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Convolution = Callable[[mx.array, mx.array], mx.array]
 
 
 @cache
-def _convolution(stride: int, padding: int) -> Convolution:
-    """The convolution of that stride and zero padding, as a function (x, weight) with rules for its derivatives."""
+def _convolution(stride: int, padding: int, groups: int) -> Convolution:
+    """The convolution of that stride, zero padding and groups, as a function (x, weight) with its derivatives."""
 
     def plain(x: mx.array, weight: mx.array) -> mx.array:
-        return mx.conv2d(x, weight, stride, padding)
+        return mx.conv2d(x, weight, stride, padding, groups=groups)
 
     def body(x: mx.array, weight: mx.array) -> mx.array:
         # Forward mode walks through this body before it finds the rule below, and fails at mlx's primitive unless
@@ -45,25 +45,28 @@ def _convolution(stride: int, padding: int) -> Convolution:
     return convolve
 
 
-def conv2d(x: mx.array, weight: mx.array, stride: int = 1, padding: int = 0) -> mx.array:
-    """`mx.conv2d` of x [B, H, W, C] and weight [O, kh, kw, C] -> [B, H', W', O], for `mx.jvp` as well.
+def conv2d(x: mx.array, weight: mx.array, stride: int = 1, padding: int = 0, groups: int = 1) -> mx.array:
+    """`mx.conv2d` of x [B, H, W, C] and weight [O, kh, kw, C / groups] -> [B, H', W', O], for `mx.jvp` as well.
 
     H' = (H + 2 padding - kh) // stride + 1. Equal to `mx.conv2d` in value and gradient; compiles; the gradient of
     a forward-mode pass's value or derivative is right too. Derivatives of gradients in forward mode are not there.
     """
-    return _convolution(stride, padding)(x, weight)
+    return _convolution(stride, padding, groups)(x, weight)
 
 
 class Conv2d(nn.Module):
     """`nn.Conv2d` with the same parameter names, shapes and initial values, on `conv2d`."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1
+    ) -> None:
         super().__init__()
-        bound = (inputs * kernel * kernel) ** -0.5
-        self.weight = mx.random.uniform(-bound, bound, (outputs, kernel, kernel, inputs))
+        seen = inputs // groups
+        bound = (seen * kernel * kernel) ** -0.5
+        self.weight = mx.random.uniform(-bound, bound, (outputs, kernel, kernel, seen))
         self.bias = mx.zeros((outputs,))
-        self._stride, self._padding = stride, padding
+        self._stride, self._padding, self._groups = stride, padding, groups
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, H, W, inputs] -> [B, H', W', outputs]."""
-        return conv2d(x, self.weight, self._stride, self._padding) + self.bias
+        return conv2d(x, self.weight, self._stride, self._padding, self._groups) + self.bias
