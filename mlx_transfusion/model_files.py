@@ -9,11 +9,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any
 
 from mlx_transfusion.errors import UserError
+
+if TYPE_CHECKING:  # the PyTorch path reads and writes JSON with this module, and has no mlx
+    import mlx.core as mx
 
 SHOWN_FAULTS = 8
 """How many faults a message lists."""
@@ -34,6 +35,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_safetensors(file: Path) -> dict[str, mx.array]:
     """The (lazy) arrays of a safetensors file. Raises UserError for a corrupt one."""
+    import mlx.core as mx
+
     try:
         return mx.load(str(file))  # type: ignore[return-value]
     except (RuntimeError, ValueError) as error:
@@ -59,6 +62,8 @@ def check_shapes(
 
 def write_safetensors(file: Path, arrays: Mapping[str, mx.array]) -> None:
     """Write arrays. Raises OSError, or RuntimeError, which is how mlx reports a full disk."""
+    import mlx.core as mx
+
     temporary = file.with_name(
         f".{file.name}.partial.safetensors"
     )  # mlx adds that ending where it is missing

@@ -100,7 +100,11 @@ def load_pixels(
 
 def _in_order(load: Callable[[np.ndarray], np.ndarray], count: int, threads: int) -> list[np.ndarray]:
     """load(0), load(1) ... load(count - 1), computed on `threads` threads."""
-    import mlx.data  # late: reading rows and help texts needs no pipeline
+    try:
+        import mlx.data  # late: reading rows and help texts needs no pipeline
+    except ImportError:  # the PyTorch path: the same functions on the same threads, without the carrier
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(load, np.arange(count)))
 
     buffer = mlx.data.buffer_from_vector([{"image": i} for i in range(count)])  # type: ignore[attr-defined]
     buffer = buffer.key_transform("image", load)
