@@ -90,7 +90,8 @@ def student_of(name: str | None, teacher: Loaded) -> tuple[Loaded, bool]:
 
 def tangent_cases(student: Loaded, pictures: int) -> dict[str, Case]:
     """The network of `pictures` states behind captions, with and without its derivative."""
-    model, c = student.model, student.config
+    model = student.transfusion
+    c = model.config
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(pictures)]
     ids, lengths = (mx.array(a) for a in padded([image_prefix(student, p) for p in prompts], c.pad_token_id))
     _, prefix = model.read_prefix(ids)

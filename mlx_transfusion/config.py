@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.layout import Layout
 
 T = TypeVar("T")
 
@@ -145,6 +146,21 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """Number of image elements P in one patch."""
         return self.image_channels * self.patch_size**2
+
+    @property
+    def layout(self) -> Layout:
+        """BOS, text, BOI picture EOI, text, EOS."""
+        return Layout(
+            bos=self.bos_token_id,
+            eos=(self.eos_token_id,),
+            boi=self.boi_token_id,
+            eoi=self.eoi_token_id,
+            pad=self.pad_token_id,
+            unk=self.unk_token_id,
+            banned=(self.pad_token_id, self.bos_token_id, self.unk_token_id, self.eoi_token_id),
+            picture_tokens=self.patches_per_image + 2,
+            max_position=self.max_position,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for config.json."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -19,11 +20,12 @@ from mlx_transfusion.events import Finished, GeneratedImage, Painted, Step, Toke
 from mlx_transfusion.images import ImageLike, load_pixels
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.painting import paint_after, prefill
+from mlx_transfusion.models.family import PictureFamily
+from mlx_transfusion.painting import paint_after
 from mlx_transfusion.records import completion_record
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 from mlx_transfusion.text_stream import TextStream
-from mlx_transfusion.text_to_image import check_pictures, guide_prefix, step_reporter, to_uint8
+from mlx_transfusion.text_to_image import check_pictures, negative_prefix, step_reporter, to_uint8
 from mlx_transfusion.token_sampling import sample_token
 
 TOKEN_STREAM = "generate/token"
@@ -32,26 +34,39 @@ TOKEN_STREAM = "generate/token"
 OnStep = Callable[[Step], None]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A segment of a prompt that is token ids already, special ones among them: a chat template's, for one."""
+
+    ids: tuple[int, ...]
+
+
+Segment = str | ImageLike | Tokens
+
+
 def complete(
     loaded: Loaded,
-    prompt: str | Sequence[str | ImageLike],
+    prompt: str | Sequence[Segment],
     seed: int = 0,
     settings: GenerationSettings = DEFAULTS,
     on_step: OnStep | None = None,
 ) -> Iterator[Token | Painted | Finished]:
     """Continue a document that may hold pictures: yields text and pictures as they come, then `Finished`.
 
-    prompt: a text, or segments: texts are str, images anything else of ImageLike (a file as a Path). on_step
-    is called while a picture is painted, where a generator cannot yield. Raises UserError, before anything is
-    written, for bad settings, for those that this model cannot paint with (where it may paint), and for a
+    prompt: a text, or segments: texts are str, token ids Tokens, images anything else of ImageLike (a file as a
+    Path). BOS comes first, unless the first segment is Tokens that begin with it. A language model only writes,
+    whatever max_images says. on_step is called while a picture is painted, where a generator cannot yield. Raises
+    UserError, before anything is written, for bad settings, for those that this model cannot paint with (where it may paint), and for a
     prompt that is empty or leaves no room.
     """
+    if not isinstance(loaded.model, PictureFamily):
+        settings = replace(settings, max_images=0)
     if settings.max_images:
         resolved = settings.for_model(loaded.extra, loaded.name)
         check_pictures(loaded)
     else:
         resolved = settings.resolve()
-    segments: list[str | ImageLike] = [prompt] if isinstance(prompt, str) else list(prompt)
+    segments: list[Segment] = [prompt] if isinstance(prompt, str) else list(prompt)
     document = _Document(loaded, segments, seed, resolved, on_step)
     return document.run()
 
@@ -59,12 +74,11 @@ def complete(
 def describe(loaded: Loaded, image: ImageLike, seed: int = 0, settings: GenerationSettings = DEFAULTS) -> str:
     """What the model says about an image: text after it until EOS, by default always the likeliest token.
 
-    Raises UserError when the image cannot be read.
+    Raises UserError when the image cannot be read, and for a model that does not read images.
     """
-    from dataclasses import replace
-
-    pixels = load_pixels(image, loaded.config.image_height, loaded.config.image_width)
-    events = complete(loaded, [pixels], seed, replace(settings, max_images=0))
+    pixels = load_pixels(image, *loaded.pictures.input_size)
+    before, behind = (Tokens(tuple(ids)) for ids in loaded.pictures.describe_prompt())
+    events = complete(loaded, [before, pixels, behind], seed, replace(settings, max_images=0))
     return "".join(event.text for event in events if isinstance(event, Token)).strip()
 
 
@@ -74,18 +88,18 @@ class _Document:
     def __init__(
         self,
         loaded: Loaded,
-        segments: list[str | ImageLike],
+        segments: list[Segment],
         seed: int,
         settings: ResolvedSettings,
         on_step: OnStep | None,
     ) -> None:
-        self.loaded, self.model, self.config = loaded, loaded.model, loaded.config
+        self.loaded, self.model, self.layout = loaded, loaded.model, loaded.config.layout
         self.seed, self.settings, self.on_step = seed, settings, on_step
         self.prompt = " ".join(s for s in segments if isinstance(s, str))
         noise.uniform(seed, 0)  # a bad seed shall not come up after an hour of painting
         self.guide: KVCache | None = None
-        if settings.max_images and settings.guidance != 1:
-            self.guide = prefill(self.model, [guide_prefix(loaded, settings)])
+        if settings.max_images and settings.guidance != 1 and not loaded.pictures.guidance_condition:
+            self.guide = loaded.pictures.guide([[]], negative_prefix(loaded, settings))
         self.pictures = 0
         self.written: list[int] = []  # text tokens so far, the prompt's too
         self.run_ids: list[int] = []  # those since the last picture
@@ -99,10 +113,10 @@ class _Document:
         while count < self.settings.max_tokens and self._room() > 0:
             token = self._next_token(count)
             count += 1
-            if token == self.config.eos_token_id:
+            if token in self.layout.eos:
                 reason = "stop"
                 break
-            if token == self.config.boi_token_id:
+            if token == self.layout.boi:
                 yield from _token(text.flush())
                 yield Painted(self._paint())
                 text = TextStream(self.loaded.tokenizer, (), self.settings.stop)
@@ -116,51 +130,66 @@ class _Document:
         yield from _token(text.flush())
         yield Finished("stop" if reason == "stop" else "length")
 
-    def _read(self, segments: list[str | ImageLike]) -> None:
+    def _read(self, segments: list[Segment]) -> None:
         """Read the prompt: BOS, then texts and images in their order."""
-        c = self.config
-        parts = [
-            self.loaded.tokenizer.encode(s)
-            if isinstance(s, str)
-            else load_pixels(s, c.image_height, c.image_width)
-            for s in segments
-        ]
+        parts = [self._part(segment) for segment in segments]
         if not any(isinstance(part, np.ndarray) or part for part in parts):
             raise UserError("the prompt is empty: give some text to continue")
-        length = 1 + sum(len(part) if isinstance(part, list) else c.patches_per_image + 2 for part in parts)
-        if length >= c.max_position:
-            raise UserError(
-                f"the prompt is too long: {length} tokens with its pictures; model {self.loaded.name} takes "
-                f"at most {c.max_position - 1}"
-            )
-        self.cache = KVCache(c.num_hidden_layers, 1)
-        pending = [c.bos_token_id]
+        self._check_length(parts)
+        self.cache = self.model.new_cache(1)
+        bos = self.layout.bos
+        has_bos = isinstance(parts[0], list) and parts[0][:1] == [bos]
+        pending = [] if bos is None or has_bos else [bos]
         for part in parts:
             if isinstance(part, list):
                 pending += part
                 self.written += part
                 self.run_ids += part
             else:
-                self._extend([*pending, c.boi_token_id])
+                if pending:
+                    self._extend(pending)
                 pixels = mx.array(part[None].astype(np.float32) / 255)
-                self.model.extend_image(self.model.encode(pixels), self.cache)
-                pending, self.run_ids = [c.eoi_token_id], []
-        self._extend(pending)
+                self.logits = self.loaded.pictures.read_picture(pixels, self.cache)
+                pending, self.run_ids = [], []
+        if pending:
+            self._extend(pending)
+
+    def _part(self, segment: Segment) -> list[int] | np.ndarray:
+        """Token ids of a text, pixels uint8 [H, W, 3] of an image."""
+        if isinstance(segment, Tokens):
+            return list(segment.ids)
+        if isinstance(segment, str):
+            return self.loaded.tokenizer.encode(segment)
+        return load_pixels(segment, *self.loaded.pictures.input_size)
+
+    def _check_length(self, parts: list[list[int] | np.ndarray]) -> None:
+        longest = self.layout.max_position - 1
+        length = 1 + sum(len(p) if isinstance(p, list) else self.layout.picture_tokens for p in parts)
+        if length > longest:
+            raise UserError(
+                f"the prompt is too long: {length} tokens with its pictures; model {self.loaded.name} takes "
+                f"at most {longest}"
+            )
 
     def _extend(self, ids: list[int]) -> None:
         """Read text tokens; the logits of what follows them are kept."""
         self.logits = self.model.extend_text(np.array([ids], np.int32), np.array([len(ids)]), self.cache)
 
+    def _mark(self, token: int | None) -> None:
+        """Read a token around a picture, of a family that has one."""
+        if token is not None:
+            self._extend([token])
+
     def _room(self) -> int:
         """Tokens that still fit the longest sequence of the model."""
-        return self.config.max_position - int(self.cache.lengths[0])
+        return self.layout.max_position - int(self.cache.lengths[0])
 
     def _next_token(self, index: int) -> int:
-        s, c = self.settings, self.config
-        banned = [c.pad_token_id, c.bos_token_id, c.unk_token_id, c.eoi_token_id]
-        banned += range(self.loaded.tokenizer.vocab_size, c.vocab_size)  # rows that only round the size up
-        if self.pictures >= s.max_images or self._room() < c.patches_per_image + 2:
-            banned.append(c.boi_token_id)
+        s, layout = self.settings, self.layout
+        # Rows of the head that only round its size up are no tokens.
+        banned = [*layout.banned, *range(self.loaded.tokenizer.vocab_size, self.loaded.config.vocab_size)]
+        if layout.boi is not None and (self.pictures >= s.max_images or self._room() < layout.picture_tokens):
+            banned.append(layout.boi)
         return sample_token(
             self.logits[0].astype(mx.float32),  # numpy has no bfloat16
             temperature=s.temperature,
@@ -176,9 +205,10 @@ class _Document:
         """Paint the picture that BOI opens, and read it."""
         start = time.perf_counter()
         index = self.pictures
-        self._extend([self.config.boi_token_id])
+        model = self.loaded.pictures
+        self._mark(self.layout.boi)
         patches = paint_after(
-            self.model,
+            model,
             self.cache,
             [self.seed],
             self.settings,
@@ -186,10 +216,10 @@ class _Document:
             picture=index,
             callback=step_reporter(self.loaded, [index], self.on_step),
         )
-        self.model.extend_image(patches, self.cache)
-        self._extend([self.config.eoi_token_id])
+        model.extend_image(patches, self.cache)
+        self._mark(self.layout.eoi)
         self.pictures += 1
-        pixels = to_uint8(self.model.decode(patches))[0]
+        pixels = to_uint8(model.decode(patches))[0]
         record = completion_record(self.loaded, self.prompt, self.seed, self.settings, index)
         return GeneratedImage(pixels, self.prompt, self.seed, index, record, time.perf_counter() - start)
 

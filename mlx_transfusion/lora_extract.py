@@ -62,8 +62,8 @@ def extract(
     old, new = _load(base), _load(model)
     if is_adapter(old.path):
         raise UserError(f"base {old.name} is an adapter itself: give the whole model that it belongs to")
-    if new.config.painter and not old.config.painter:
-        old.model = with_painter(old.model)
+    if new.transfusion.config.painter and not old.transfusion.config.painter:
+        old.model = with_painter(old.transfusion)
     _check_pair(old, new)
     arrays: dict[str, mx.array] = {}
     unchanged: list[str] = []

@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mlx_transfusion.model_files import (
     write_safetensors,
 )
 from mlx_transfusion.model_path import ADAPTER_CONFIG, CONFIG_FILE, display_name, is_adapter, resolve
+from mlx_transfusion.models.family import Family, FamilyConfig, PictureFamily, TextFamily
 from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
@@ -43,22 +45,40 @@ EXTRA_KEYS = ("training", "objective", "quantization", "quantization_config")
 """Tables that config.json may hold besides the model's own fields: how it was trained, which loss it was
 distilled with, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
 
-FAMILIES = {"transfusion": Transfusion}
-"""`model_type` of config.json -> class."""
+FAMILIES = {
+    "transfusion": "transfusion",
+}
+"""`model_type` of config.json -> module of `mlx_transfusion.models`, imported when it is needed."""
 
 
 @dataclass
 class Loaded:
     """A model ready for use."""
 
-    model: Transfusion
+    model: TextFamily
     tokenizer: Tokenizer
-    config: ModelConfig
+    config: FamilyConfig
     path: Path
     name: str
     """Bundled name, hub id or folder name: what is recorded in pictures."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The tables of EXTRA_KEYS that config.json holds."""
+
+    @property
+    def pictures(self) -> PictureFamily:
+        """The model, of a family that paints. Raises UserError for a language model."""
+        if not isinstance(self.model, PictureFamily):
+            raise UserError(f"model {self.name} only writes text: name a model that paints")
+        return self.model
+
+    @property
+    def transfusion(self) -> Transfusion:
+        """The model, of the family that this package trains. Raises UserError for a converted one."""
+        if not isinstance(self.model, Transfusion):
+            raise UserError(
+                f'model {self.name} is of type "{self.config.model_type}": this needs one of type "transfusion"'
+            )
+        return self.model
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,7 +143,9 @@ def _load_adapter(path: Path, name: str, dtype: mx.Dtype | None) -> Loaded:
             f"{base.path} has weights {base.fingerprint}: use the right model, or extract the adapter again"
         )
     dequantize(base.model)
-    start = with_painter(base.model) if config.painter and not base.config.painter else base.model
+    start: nn.Module = base.model
+    if isinstance(config, ModelConfig) and config.painter and not base.transfusion.config.painter:
+        start = with_painter(base.transfusion)
     weights = lora.fuse(start, adapter, lora.read_adapter(path, adapter, start))
     model = build(config)  # what it predicts may differ from the base
     check_weights(model, weights, str(path))
@@ -135,28 +157,37 @@ def _load_adapter(path: Path, name: str, dtype: mx.Dtype | None) -> Loaded:
     return Loaded(model, base.tokenizer, config, path, name, extra)
 
 
-def build(config: ModelConfig) -> Transfusion:
-    """A model with fresh (lazy, not yet allocated) weights. Raises UserError for an unknown `model_type`."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f'config: model_type is "{config.model_type}", expected one of {", ".join(FAMILIES)}')
-    return FAMILIES[config.model_type](config)
+def family(model_type: Any, where: str = "config") -> Family:
+    """The classes of a `model_type`. Raises UserError for an unknown one."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f'{where}: model_type is "{model_type}", expected one of {", ".join(FAMILIES)}')
+    return import_module(f"mlx_transfusion.models.{FAMILIES[model_type]}").FAMILY
 
 
-def special_ids(config: ModelConfig) -> SpecialIds:
+def build(config: FamilyConfig) -> Any:
+    """A TextFamily with fresh (lazy, not yet allocated) weights. Raises UserError for an unknown `model_type`."""
+    return family(config.model_type).model(config)
+
+
+def special_ids(config: FamilyConfig) -> SpecialIds:
     """The structural token ids of a config, for `Tokenizer.load`."""
-    c = config
-    return SpecialIds(
-        pad=c.pad_token_id, bos=c.bos_token_id, eos=c.eos_token_id,
-        unk=c.unk_token_id, boi=c.boi_token_id, eoi=c.eoi_token_id,
-    )  # fmt: skip
+    c = config.layout
+    eos = c.eos[0] if c.eos else None
+    return SpecialIds(pad=c.pad, bos=c.bos, eos=eos, unk=c.unk, boi=c.boi, eoi=c.eoi)
 
 
 def load_config(name: str | os.PathLike[str] | None = None) -> ModelConfig:
-    """The config of a model, without its weights. Raises UserError as `load`."""
-    return read_config(resolve(name))[0]
+    """The config of a model of our own family, without its weights. Raises UserError as `load`."""
+    path = resolve(name)
+    config = read_config(path)[0]
+    if not isinstance(config, ModelConfig):
+        raise UserError(
+            f'model {display_name(name, path)} is of type "{config.model_type}": this needs one of type "transfusion"'
+        )
+    return config
 
 
-def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def read_config(path: Path) -> tuple[FamilyConfig, dict[str, Any]]:
     """config.json of a model folder: the model's fields, and the extra tables. Raises UserError.
 
     Of an adapter: its base's fields with its own over them, and its objective.
@@ -166,11 +197,12 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         base, _ = read_config(lora.base_folder(path, adapter))
         fields = base.to_dict() | adapter.config
         own = {} if adapter.objective is None else {"objective": adapter.objective}
-        return ModelConfig.from_dict(fields, f"{path / ADAPTER_CONFIG}: config"), own
+        return type(base).from_dict(fields, f"{path / ADAPTER_CONFIG}: config"), own
     file = path / CONFIG_FILE
     data = read_json(file)
     extra = {key: data.pop(key) for key in EXTRA_KEYS if key in data}
-    return ModelConfig.from_dict(data, str(file)), extra
+    kind = family(data.get("model_type", "transfusion"), str(file))
+    return kind.config.from_dict(data, str(file)), extra
 
 
 # ---- weights ----
@@ -217,7 +249,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, mx.array], where: str)
 
 def save_model(
     folder: str | os.PathLike[str],
-    model: Transfusion,
+    model: TextFamily,
     tokenizer: Tokenizer | str | os.PathLike[str],
     extra: Mapping[str, Any] | None = None,
     dtype: mx.Dtype | None = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_transfusion import noise, sampling, trigflow
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.family import PictureFamily, TextFamily
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
 START_STREAM, STEP_STREAM = "generate/start", "generate/step"
@@ -23,7 +23,7 @@ START_STREAM, STEP_STREAM = "generate/start", "generate/step"
 
 
 def paint(
-    model: Transfusion,
+    model: PictureFamily,
     prefix_ids: Sequence[Sequence[int]],
     seeds: Sequence[int],
     settings: GenerationSettings = DEFAULTS,
@@ -35,19 +35,18 @@ def paint(
 
     settings: what they leave open is a diffusion model's, for the weights alone do not tell their objective;
     callers that know it pass `GenerationSettings.for_model`. negative_ids: the prefix that guidance leads
-    away from, BOS BOI when None. callback(step, steps, x, x0) after every step. A picture depends on its own
-    prefix and seed only. Raises UserError for bad settings.
+    away from, a prompt without text when None. callback(step, steps, x, x0) after every step. A picture depends
+    on its own prefix and seed only. Raises UserError for bad settings.
     """
     resolved = settings.resolve()
     cache = prefill(model, prefix_ids)
     guide = None
-    if resolved.guidance != 1 and not model.config.guidance_condition:
-        c = model.config
-        guide = prefill(model, [negative_ids or [c.bos_token_id, c.boi_token_id]])
+    if resolved.guidance != 1 and not model.guidance_condition:
+        guide = model.guide(prefix_ids, negative_ids)
     return paint_after(model, cache, seeds, resolved, guide=guide, callback=callback)
 
 
-def prefill(model: Transfusion, prefix_ids: Sequence[Sequence[int]]) -> KVCache:
+def prefill(model: TextFamily, prefix_ids: Sequence[Sequence[int]]) -> KVCache:
     """Keys and values of B prefixes of any lengths.
 
     Each distinct prefix is read once and by itself: its numbers then are the same to the last bit, whatever
@@ -71,7 +70,7 @@ def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.n
 
 
 def paint_after(
-    model: Transfusion,
+    model: PictureFamily,
     cache: KVCache,
     seeds: Sequence[int],
     settings: ResolvedSettings,
@@ -86,7 +85,7 @@ def paint_after(
     guidance. A model with `guidance_condition` needs none: it is told the scale. picture: its number in the
     document, which addresses its noise. The caches stay as they are.
     """
-    shape = (model.config.patches_per_image, model.config.patch_dim)
+    shape = model.latent_shape
     x = _stack([noise.normal(seed, picture, shape, START_STREAM) for seed in seeds])
 
     def fresh(step: int) -> mx.array:
@@ -103,12 +102,12 @@ def _stack(arrays: list[np.ndarray]) -> mx.array:
     return mx.array(np.stack(arrays))
 
 
-def _angles(model: Transfusion, settings: ResolvedSettings) -> list[float]:
+def _angles(model: PictureFamily, settings: ResolvedSettings) -> list[float]:
     """The angles of a run; one of a network that predicts eps starts below pi/2, where eps is useless.
 
     That is half a step below, or, where the first step is the whole way, where eps is of use at last.
     """
-    from_noise = model.config.prediction == "velocity"
+    from_noise = not model.predicts_noise
     if settings.angles is not None:
         return [trigflow.NOISE_ANGLE if from_noise else trigflow.MAX_EPS_ANGLE, *settings.angles, 0.0]
     start = trigflow.NOISE_ANGLE * (1.0 if from_noise else 1 - 0.5 / settings.steps)
@@ -116,7 +115,7 @@ def _angles(model: Transfusion, settings: ResolvedSettings) -> list[float]:
 
 
 def _guided_velocity(
-    model: Transfusion, cache: KVCache, guide: KVCache | None, settings: ResolvedSettings
+    model: PictureFamily, cache: KVCache, guide: KVCache | None, settings: ResolvedSettings
 ) -> sampling.Velocity:
     """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active.
 
@@ -125,7 +124,7 @@ def _guided_velocity(
     guidance = sampling.Guidance(settings.guidance, settings.guidance_interval)
     batch = cache.batch
     both, condition = None, {}
-    if model.config.guidance_condition:
+    if model.guidance_condition:
         condition = {"guidance": mx.full((batch,), settings.guidance)}
     elif guide is not None:
         both = cache.stack(guide if guide.batch == batch else guide.select([0] * batch))

@@ -10,10 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.models.transfusion import Transfusion
 
 
-def quantize(model: Transfusion, bits: int = 8, group_size: int = 64) -> Transfusion:
+def quantize(model: nn.Module, bits: int = 8, group_size: int = 64) -> nn.Module:
     """Quantise the text embedding, the head and the matrices of decoder and painter in place; returns the model.
 
     The layers of patches and angles stay as they are: they are small, and every pixel passes them. So does a
@@ -33,7 +32,7 @@ def quantize(model: Transfusion, bits: int = 8, group_size: int = 64) -> Transfu
     return model
 
 
-def dequantize(model: Transfusion) -> bool:
+def dequantize(model: nn.Module) -> bool:
     """Replace quantised layers by plain ones in place; returns whether there were any."""
     plain: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():

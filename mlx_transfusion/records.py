@@ -20,7 +20,7 @@ def image_record(
     """
     from mlx_transfusion import __version__
 
-    c = loaded.config
+    height, width = loaded.pictures.picture_size
     record = {
         "version": __version__,
         "model": loaded.name,
@@ -33,8 +33,8 @@ def image_record(
         "spacing": settings.spacing,
         "guidance": settings.guidance,
         "guidance_interval": list(settings.guidance_interval),
-        "width": c.image_width,
-        "height": c.image_height,
+        "width": width,
+        "height": height,
         "batch": {"size": batch, "row": row},
     }
     if settings.angles is not None:

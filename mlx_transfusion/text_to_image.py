@@ -12,7 +12,8 @@ import numpy as np
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import GeneratedImage, Step
 from mlx_transfusion.images import CHANNELS
-from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.model_io import Loaded, build
+from mlx_transfusion.models.family import FamilyConfig, PictureFamily
 from mlx_transfusion.painting import paint
 from mlx_transfusion.records import image_record
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
@@ -47,12 +48,20 @@ def iter_images(
     pairs = _pairs(prompts, seeds)
     prefix_of = {prompt: image_prefix(loaded, prompt) for prompt in dict.fromkeys(p for p, _ in pairs)}
     prefixes = [prefix_of[prompt] for prompt, _ in pairs]
-    return _painted(loaded, pairs, prefixes, guide_prefix(loaded, resolved), resolved, on_step)
+    return _painted(loaded, pairs, prefixes, negative_prefix(loaded, resolved), resolved, on_step)
+
+
+def picture_size(config: FamilyConfig, name: str) -> tuple[int, int]:
+    """(height, width) of the pictures of a model, before its weights are read. Raises UserError if it paints none."""
+    model = build(config)
+    if not isinstance(model, PictureFamily):
+        raise UserError(f"model {name} only writes text: name a model that paints")
+    return model.picture_size
 
 
 def check_pictures(loaded: Loaded) -> None:
-    """Raises UserError when the model's images are no pictures but latents, which need a decoder."""
-    channels = loaded.config.image_channels
+    """Raises UserError when the model does not paint, or makes latents, which need a decoder."""
+    channels = loaded.pictures.picture_channels
     if channels not in CHANNELS:
         raise UserError(
             f"model {loaded.name} makes latents of {channels} channels, not pictures: use a pixel model"
@@ -60,24 +69,25 @@ def check_pictures(loaded: Loaded) -> None:
 
 
 def image_prefix(loaded: Loaded, prompt: str) -> list[int]:
-    """BOS, the prompt's tokens, BOI. Raises UserError for an empty prompt and one that is too long."""
-    c = loaded.config
+    """All to read before a prompt's picture. Raises UserError for an empty prompt and one that is too long."""
+    layout = loaded.config.layout
     ids = loaded.tokenizer.encode(prompt)
     if not ids:
         raise UserError("the prompt is empty: say what the picture shows")
-    room = c.max_position - c.patches_per_image - 4  # BOS, BOI, EOI, EOS
+    prefix = loaded.pictures.image_prefix(ids)
+    room = layout.max_position - layout.picture_tokens - (len(prefix) - len(ids))
     if len(ids) > room:
         raise UserError(
             f"the prompt is too long: {len(ids)} tokens, and model {loaded.name} takes at most {room}"
         )
-    return [c.bos_token_id, *ids, c.boi_token_id]
+    return prefix
 
 
-def guide_prefix(loaded: Loaded, settings: GenerationSettings) -> list[int]:
-    """What guidance leads away from: the negative prompt like a prompt, or BOS BOI without one."""
+def negative_prefix(loaded: Loaded, settings: GenerationSettings) -> list[int] | None:
+    """What guidance leads away from: the negative prompt like a prompt; None without one."""
     if settings.negative_prompt.strip():
         return image_prefix(loaded, settings.negative_prompt)
-    return [loaded.config.bos_token_id, loaded.config.boi_token_id]
+    return None
 
 
 def to_uint8(pixels: mx.array) -> np.ndarray:
@@ -106,21 +116,21 @@ def _painted(
     loaded: Loaded,
     pairs: list[tuple[str, int]],
     prefixes: list[list[int]],
-    negative: list[int],
+    negative: list[int] | None,
     settings: ResolvedSettings,
     on_step: Callable[[Step], None] | None,
 ) -> Iterator[GeneratedImage]:
     for batch in _batches([len(prefix) for prefix in prefixes], settings.batch_size):
         start = time.perf_counter()
         patches = paint(
-            loaded.model,
+            loaded.pictures,
             [prefixes[i] for i in batch],
             [pairs[i][1] for i in batch],
             settings,
             negative_ids=negative,
             callback=step_reporter(loaded, batch, on_step),
         )
-        pixels = to_uint8(loaded.model.decode(patches))
+        pixels = to_uint8(loaded.pictures.decode(patches))
         seconds = (time.perf_counter() - start) / len(batch)
         for row, i in enumerate(batch):
             prompt, seed = pairs[i]
@@ -152,6 +162,6 @@ def step_reporter(
 
     def report(step: int, steps: int, x: mx.array, x0: mx.array) -> None:
         mx.eval(x)  # so that progress is shown when the work is done
-        on_step(Step(batch, step + 1, steps, lambda: to_uint8(loaded.model.decode(x0))))
+        on_step(Step(batch, step + 1, steps, lambda: to_uint8(loaded.pictures.decode(x0))))
 
     return report

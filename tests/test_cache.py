@@ -138,10 +138,21 @@ def test_stack_joins_caches_of_different_widths(any_model: Transfusion, swap: bo
 def test_offset_is_one_number_only_when_all_rows_agree() -> None:
     cache = KVCache(1, 3)
     assert cache.offset() == 0
-    cache.valid = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], bool)
+    cache.append([], np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], bool))
     assert cache.offset() == 2
-    cache.valid = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 1]], bool)
+    cache = KVCache(1, 3)
+    cache.append([], np.array([[1, 1, 0], [1, 1, 1], [0, 0, 1]], bool))
     offset = cache.offset()
     assert isinstance(offset, mx.array)
     assert offset.tolist() == [2, 3, 1]
     assert cache.visible(np.ones((3, 1), bool)).tolist() == [[1, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_positions_may_move_otherwise_than_columns() -> None:
+    cache = KVCache(1, 2)
+    cache.append([], np.ones((2, 3), bool), advance=np.array([1, 1]))
+    assert (cache.offset(), cache.lengths.tolist()) == (1, [3, 3])
+    cache.positions = np.array([1, 7])
+    both = cache.stack(cache.select([1]))._widened(5)
+    assert both.positions.tolist() == [1, 7, 7]
+    assert cache.snapshot().positions.tolist() == [1, 7]

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from full_forward import Double
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -213,16 +214,16 @@ def student(student_dir: Path) -> Loaded:
     return load(student_dir)
 
 
-class Counting:
+class Counting(Double):
     """A model whose passes are counted: rows and angle of each."""
 
     def __init__(self, model: Transfusion) -> None:
-        self.config, self.prefill, self._model = model.config, model.prefill, model
+        super().__init__(model)
         self.passes: list[tuple[int, float]] = []
 
     def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
         self.passes.append((len(x), round(float(angle[0]), 6)))
-        return self._model.velocity(x, angle, cache)
+        return self.model.velocity(x, angle, cache)
 
 
 @pytest.mark.parametrize(("steps", "angles"), [(1, []), (2, [1.0]), (3, [1.0, 0.5])])

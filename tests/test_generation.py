@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from full_forward import Double
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -122,10 +123,7 @@ def test_token_by_token_equals_at_once(any_model: Transfusion) -> None:
 def test_cached_painting_equals_painting_with_full_passes(any_model: Transfusion, sampler: str) -> None:
     """The whole guided run: every velocity from passes over the full sequence gives the same picture."""
 
-    class Uncached:
-        config = any_model.config
-        prefill = any_model.prefill
-
+    class Uncached(Double):
         def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
             prefixes = [[1, 10, 11, 12, 4], [1, 13, 4], [1, 4], [1, 4]][: len(x)]
             angles = [float(a) for a in np.array(angle)]
@@ -136,7 +134,7 @@ def test_cached_painting_equals_painting_with_full_passes(any_model: Transfusion
 
     run = dataclasses.replace(FEW, sampler=sampler)
     prefixes, seeds = [[1, 10, 11, 12, 4], [1, 13, 4]], [3, 4]
-    expected = paint(Uncached(), prefixes, seeds, run)  # type: ignore[arg-type]
+    expected = paint(Uncached(any_model), prefixes, seeds, run)  # type: ignore[arg-type]
     got = paint(any_model, prefixes, seeds, run)
     scale = float(mx.abs(expected).max())
     np.testing.assert_allclose(np.array(got) / scale, np.array(expected) / scale, atol=1e-4)
@@ -263,10 +261,7 @@ def test_guidance(tiny_model: Transfusion) -> None:
 def test_guided_steps_cost_two_rows_and_others_one(tiny_model: Transfusion) -> None:
     rows: list[int] = []
 
-    class Counting:
-        config = tiny_model.config
-        prefill = tiny_model.prefill
-
+    class Counting(Double):
         def velocity(self, x: mx.array, angle: mx.array, cache: KVCache) -> mx.array:
             rows.append(len(x))
             return tiny_model.velocity(x, angle, cache)
@@ -274,7 +269,7 @@ def test_guided_steps_cost_two_rows_and_others_one(tiny_model: Transfusion) -> N
     middle = dataclasses.replace(
         FEW, sampler="ddim", guidance_interval=(0.5, 1.3)
     )  # of pi/2, 3/8, 1/4, 1/8 pi
-    paint(Counting(), [[1, 10, 4]], [1], middle)  # type: ignore[arg-type]
+    paint(Counting(tiny_model), [[1, 10, 4]], [1], middle)  # type: ignore[arg-type]
     assert rows == [1, 2, 2, 1]
 
 

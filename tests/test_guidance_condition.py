@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from full_forward import Double
 from mlx.utils import tree_flatten
 from tiny_training import write_run
 
@@ -373,16 +374,16 @@ def test_a_range_needs_a_teacher_and_a_condition_a_range(folder: Path, tmp_path:
 # ---- painting ----
 
 
-class Recording:
+class Recording(Double):
     """A model whose passes are recorded: rows, and the scales that they were told."""
 
     def __init__(self, model: Transfusion) -> None:
-        self.config, self.prefill, self._model = model.config, model.prefill, model
+        super().__init__(model)
         self.passes: list[tuple[int, list[float]]] = []
 
     def velocity(self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array) -> mx.array:
         self.passes.append((len(x), np.array(guidance).tolist()))
-        return self._model.velocity(x, angle, cache, guidance)
+        return self.model.velocity(x, angle, cache, guidance)
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, 2.0), (1.0, 1.0), (4.0, 4.0)])

@@ -97,7 +97,9 @@ def main() -> None:
         raise UserError("--count, --columns and --strip-count must be 1 or more")
     config = load_config(arguments.config, arguments.data)
     loaded = load(arguments.model)
-    pairs = load_pairs(config, config.val if arguments.split == "val" else config.train, loaded.config)
+    pairs = load_pairs(
+        config, config.val if arguments.split == "val" else config.train, loaded.transfusion.config
+    )
     chosen = shuffled(len(pairs), config.seed, "contact sheet")[: arguments.count]
     captions = [pairs.captions[i] for i in chosen]
     made = generate_images(loaded, captions, [config.seed + int(i) for i in chosen], config.generation)

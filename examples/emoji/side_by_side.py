@@ -84,7 +84,7 @@ def main() -> None:
         raise UserError(f"--count is {arguments.count}: use at least 1")
     config = load_config(arguments.config)
     models = {"teacher": load(arguments.teacher), "student": load(arguments.student)}
-    pairs = load_pairs(config, config.train, models["teacher"].config)
+    pairs = load_pairs(config, config.train, models["teacher"].transfusion.config)
     chosen = shuffled(len(pairs), config.seed, "contact sheet")[: arguments.count]
     captions, seeds = [pairs.captions[i] for i in chosen], [config.seed + int(i) for i in chosen]
     rows, times = [], {}

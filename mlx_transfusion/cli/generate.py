@@ -84,13 +84,15 @@ def generate(
     from mlx_transfusion.images import check_folder
     from mlx_transfusion.model_io import load, read_config
     from mlx_transfusion.model_path import display_name, resolve
+    from mlx_transfusion.text_to_image import picture_size
 
     path = resolve(model)
     config, extra = read_config(path)
-    for name, wanted, have in (("width", width, config.image_width), ("height", height, config.image_height)):
+    high, wide = picture_size(config, display_name(model, path))
+    for name, wanted, have in (("width", width, wide), ("height", height, high)):
         if wanted not in (None, have):
             raise UserError(
-                f"--{name} {wanted}: this model paints {config.image_width}x{config.image_height} pictures "
+                f"--{name} {wanted}: this model paints {wide}x{high} pictures "
                 f"only: leave out --width and --height"
             )
     settings = job.settings.for_model(extra, display_name(model, path))  # before the weights are read

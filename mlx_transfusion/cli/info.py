@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from mlx_transfusion.cli.terminal import result
 from mlx_transfusion.errors import UserError
 
 if TYPE_CHECKING:
-    from mlx_transfusion.config import ModelConfig
+    from mlx_transfusion.models.family import FamilyConfig
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8-bit": 1 + 4 / 64, "4-bit": 0.5 + 4 / 64}
 """Bytes a weight; quantised ones have a 16-bit scale and bias for each group of 64."""
@@ -54,20 +55,35 @@ def info(
             result(line)
 
 
-def model_facts(config: ModelConfig) -> dict[str, Any]:
+def model_facts(config: FamilyConfig) -> dict[str, Any]:
     """Parameters and memory of a model, counted from its (lazy, never allocated) weights."""
     from mlx_transfusion.model_io import build, flat_parameters
+    from mlx_transfusion.models.family import PictureFamily
 
-    sizes = {name: value.size for name, value in flat_parameters(build(config)).items()}
-    images = sum(size for name, size in sizes.items() if name.startswith(("patch_", "angle_")))
-    total = sum(sizes.values())
-    return {
-        "parameters": {"transformer": total - images, "patch layers": images, "total": total},
+    model = build(config)
+    parts: dict[str, int] = {}
+    for name, value in flat_parameters(model).items():
+        part = _part(name)
+        parts[part] = parts.get(part, 0) + value.size
+    total = sum(parts.values())
+    facts = {
+        "parameters": parts | {"total": total},
         "weights in memory": {name: _memory(total * size) for name, size in BYTES.items()},
-        "picture": f"{config.image_width}x{config.image_height}x{config.image_channels}, "
-        f"{config.patches_per_image} patches of {config.patch_size}x{config.patch_size}",
-        "config": config.to_dict(),
     }
+    if isinstance(model, PictureFamily):
+        (height, width), (n, p), channels = model.picture_size, model.latent_shape, model.picture_channels
+        side = math.isqrt(p // channels)
+        patch = f"{side}x{side}" if n * side**2 == height * width else f"{p} numbers"
+        facts["picture"] = f"{width}x{height}x{channels}, {n} patches of {patch}"
+    return facts | {"config": config.to_dict()}
+
+
+def _part(name: str) -> str:
+    """Where a parameter is counted: the layers around patches, the transformer, or a foreign part by its own name."""
+    top = name.split(".")[0]
+    if top.startswith(("patch_", "angle_")):
+        return "patch layers"
+    return "transformer" if top in ("embed_tokens", "layers", "norm", "lm_head", "painter") else top
 
 
 def stored_model_facts(name: str) -> dict[str, Any]:

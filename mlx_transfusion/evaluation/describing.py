@@ -34,7 +34,8 @@ def describe_pictures(
 
 def _describe_batch(loaded: Loaded, pixels: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Token ids of each description. All pictures are equally long, so the rows stay in step."""
-    c, model = loaded.config, loaded.model
+    model = loaded.transfusion
+    c = model.config
     batch = len(pixels)
     cache = prefill(model, [[c.bos_token_id, c.boi_token_id]] * batch)
     model.extend_image(model.encode(mx.array(pixels).astype(mx.float32) / 255), cache)
@@ -58,7 +59,7 @@ def _describe_batch(loaded: Loaded, pixels: np.ndarray, max_tokens: int) -> list
 
 def _banned(loaded: Loaded) -> mx.array:
     """0 for text tokens and EOS, -inf for all others. float32 [V]"""
-    c = loaded.config
+    c = loaded.transfusion.config
     out = np.zeros(c.vocab_size, np.float32)
     out[[c.pad_token_id, c.bos_token_id, c.unk_token_id, c.boi_token_id, c.eoi_token_id]] = -np.inf
     out[loaded.tokenizer.vocab_size :] = -np.inf  # rows that only round the size up

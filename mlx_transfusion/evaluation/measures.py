@@ -134,11 +134,12 @@ def measure_text(
     loaded: Loaded, config: EvaluationConfig, train: Sequence[str], val: Sequence[str]
 ) -> dict[str, Any]:
     """Perplexity of the model and of the n-gram baselines on the same tokens of the validation texts."""
-    c = loaded.config
+    model = loaded.transfusion
+    c = model.config
     vocabulary = loaded.tokenizer.vocab_size
     characters = sum(map(len, val))
     val_ids = [loaded.tokenizer.encode(text) for text in val]
-    scores = {"model": score_documents(loaded.model, [text_document(ids, c) for ids in val_ids])}
+    scores = {"model": score_documents(model, [text_document(ids, c) for ids in val_ids])}
     documents = [_framed(loaded, loaded.tokenizer.encode(text)) for text in train]
     held_out = [_framed(loaded, ids) for ids in val_ids]
     baselines: dict[str, LanguageModel] = {
@@ -155,13 +156,14 @@ def measure_text(
 
 def measure_losses(loaded: Loaded, config: EvaluationConfig, split: Split) -> dict[str, Any]:
     """Losses of captioned pictures: of the caption in either order, of the picture by amount of noise."""
-    c = loaded.config
+    model = loaded.transfusion
+    c = model.config
     pairs = split.pairs
     chosen = choose(len(pairs), config.counts.losses, config.seed, "losses")
     patches = encode(loaded, pairs.pixels[chosen])
     ids = [loaded.tokenizer.encode(pairs.captions[i]) for i in chosen]
-    before = score_documents(loaded.model, [caption_document(i, c) for i in ids])
-    after = score_documents(loaded.model, [described_document(t, k, c) for k, t in enumerate(ids)], patches)
+    before = score_documents(model, [caption_document(i, c) for i in ids])
+    after = score_documents(model, [described_document(t, k, c) for k, t in enumerate(ids)], patches)
     captioned = [[c.bos_token_id, *i, c.boi_token_id] for i in ids]
     bare = [[c.bos_token_id, c.boi_token_id]] * len(ids)
     return {
@@ -179,7 +181,7 @@ def measure_losses(loaded: Loaded, config: EvaluationConfig, split: Split) -> di
 def _denoising(
     loaded: Loaded, prefixes: Sequence[Sequence[int]], patches: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    velocity, picture = denoising_errors(loaded.model, prefixes, patches, seed=seed)
+    velocity, picture = denoising_errors(loaded.transfusion, prefixes, patches, seed=seed)
     return {
         "velocity_error": velocity[:, :-1].mean(0).tolist(),
         "picture_error": picture[:, :-1].mean(0).tolist(),
@@ -200,7 +202,7 @@ def rate(right: np.ndarray, chance: float, seed: int) -> dict[str, Any]:
 def encode(loaded: Loaded, pixels: np.ndarray) -> np.ndarray:
     """uint8 pixels [M, H, W, 3] -> clean patches [M, N, P] float32."""
     parts = [
-        np.array(loaded.model.encode(mx.array(pixels[at : at + PATCH_BATCH]).astype(mx.float32) / 255))
+        np.array(loaded.pictures.encode(mx.array(pixels[at : at + PATCH_BATCH]).astype(mx.float32) / 255))
         for at in range(0, len(pixels), PATCH_BATCH)
     ]
     return np.concatenate(parts)
@@ -208,4 +210,5 @@ def encode(loaded: Loaded, pixels: np.ndarray) -> np.ndarray:
 
 def _framed(loaded: Loaded, ids: Sequence[int]) -> np.ndarray:
     """BOS text EOS, the tokens of `text_document`. int [T]"""
-    return np.array([loaded.config.bos_token_id, *ids, loaded.config.eos_token_id])
+    c = loaded.transfusion.config
+    return np.array([c.bos_token_id, *ids, c.eos_token_id])

@@ -84,7 +84,7 @@ def load_painters(
     if compare is not None:
         other = load(compare)
         painters.append(Painter("compared", other, settings_for(other, config.compare.generation, quick)))
-        first, second = ((p.loaded.config.image_height, p.loaded.config.image_width) for p in painters)
+        first, second = (p.loaded.pictures.picture_size for p in painters)
         if first != second:
             raise UserError(
                 f"model {loaded.name} paints {first[0]} x {first[1]} pixels and model {other.name} "

@@ -68,8 +68,8 @@ def evaluate(
 
 def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Progress) -> dict[str, Any]:
     """The report of a loaded model."""
-    train = load_pairs(config, config.train, loaded.config)
-    val = load_pairs(config, config.val, loaded.config)
+    train = load_pairs(config, config.train, loaded.transfusion.config)
+    val = load_pairs(config, config.val, loaded.transfusion.config)
     train_texts = load_texts(config, config.train_texts, config.counts.baseline_texts)
     val_texts = load_texts(config, config.val_texts, config.counts.texts)
     # Unseen pictures are looked for among all there are.

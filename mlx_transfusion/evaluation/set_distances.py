@@ -110,8 +110,8 @@ def _splits(
 ) -> list[Split]:
     """Both splits, with the features of their real pictures."""
     pairs = {
-        "train": load_pairs(config, config.train, loaded.config),
-        "val": load_pairs(config, config.val, loaded.config),
+        "train": load_pairs(config, config.train, loaded.transfusion.config),
+        "val": load_pairs(config, config.val, loaded.transfusion.config),
     }
     chosen, real = {}, {}
     for name, p in pairs.items():

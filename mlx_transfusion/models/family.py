@@ -1,8 +1,8 @@
 """What generation asks of a model, whatever its family: to read, to write, and to paint.
 
 Two base classes, because a language model does no more than write. Everything behind the border of `velocity` is
-TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A family that
-was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and nothing else knows.
+TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A family
+that was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and nothing else knows.
 
 A module `models/NAME.py` ends with `FAMILY = Family(config class, model class)`; model_io.py lists the names.
 """
@@ -39,12 +39,15 @@ class FamilyConfig(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> Any:
+        """Read that data strictly. Raises UserError for unknown or missing keys and wrong types."""
+
 
 class Family(NamedTuple):
     """One entry of the table of families."""
 
-    config: Any
-    """Class with `from_dict(data, where)`, strict, whose instances are FamilyConfigs."""
+    config: type[FamilyConfig]
     model: Any
     """Subclass of TextFamily, built from such an instance."""
 
@@ -77,12 +80,20 @@ class TextFamily(nn.Module):
 class PictureFamily(TextFamily):
     """A model that also paints: N tokens of P numbers a picture, denoised behind a frozen cache."""
 
-    predicts_noise = False
-    """Whether the network predicts eps, which says nothing about the picture at pi/2: sampling starts a little below."""
-    guidance_condition = False
-    """Whether `velocity` is told the guidance scale and needs no second pass."""
-    picture_channels = 3
-    """Channels of what `decode` gives."""
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether it predicts eps, which says nothing about the picture at pi/2: sampling starts a little below."""
+        return False
+
+    @property
+    def guidance_condition(self) -> bool:
+        """Whether `velocity` is told the guidance scale and needs no second pass."""
+        return False
+
+    @property
+    def picture_channels(self) -> int:
+        """Channels of what `decode` gives."""
+        return 3
 
     @property
     def latent_shape(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.layers import Block, KeysValues, Mask
 from mlx_transfusion.models.painter import Painter
 from mlx_transfusion.models.patches import (
@@ -49,7 +50,7 @@ class Part(Protocol):
     patch_decoder: PatchDecoder
 
 
-class Transfusion(nn.Module):
+class Transfusion(PictureFamily):
     """Text embedding and head, patch encoder and decoder (linear or U-Net), and one transformer in between."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -147,15 +148,36 @@ class Transfusion(nn.Module):
             return mx.cos(per_patch) * out
         return trigflow.cos_velocity_from_eps(x, out, per_patch)
 
-    # ---- generation: the interface every image-making family offers ---------------------------------------------
+    # ---- generation: the interface of every family (family.py) --------------------------------------------------
 
-    def prefill(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[mx.array, KVCache]:
-        """Read prompts once. ids int [B, T] (right-padded), lengths int [B].
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(patches of a picture, numbers in a patch)."""
+        return self.config.patches_per_image, self.config.patch_dim
 
-        Returns the logits after each row's last token [B, V] and the cache of keys and values.
-        """
-        cache = KVCache(len(self.layers), len(ids))
-        return self.extend_text(ids, lengths, cache), cache
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.config.image_height, self.config.image_width
+
+    @property
+    def picture_channels(self) -> int:
+        """3 of pixels, another number of latents."""
+        return self.config.image_channels
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the network was trained to predict eps, as the paper's."""
+        return self.config.prediction == "epsilon"
+
+    @property
+    def guidance_condition(self) -> bool:
+        """Whether the guidance scale is an input."""
+        return self.config.guidance_condition
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` rows."""
+        return KVCache(len(self.layers), batch)
 
     def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
         """Read further text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
@@ -188,6 +210,17 @@ class Transfusion(nn.Module):
         """Read CLEAN patches [B, N, P] (angle 0) into `cache`, so that what follows sees the finished picture."""
         embedded = self.angle_embedding(mx.zeros((x0.shape[0],)))
         self._decode_image(self, _patch_tokens(self, x0, embedded)[0], cache, store=True)
+
+    def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
+        """Read BOI, a clean picture [B, H, W, C] in [0, 1] and EOI; returns the logits [B, V] after it."""
+        batch = pixels.shape[0]
+
+        def read(token: int) -> mx.array:
+            return self.extend_text(np.full((batch, 1), token, np.int32), np.ones(batch, int), cache)
+
+        read(self.config.boi_token_id)
+        self.extend_image(self.encode(pixels), cache)
+        return read(self.config.eoi_token_id)
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, C] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
@@ -263,3 +296,6 @@ def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:
     # A padded query keeps itself: a row that sees nothing is undefined on some backends.
     mask |= np.eye(t, s + t, s, dtype=bool)
     return mx.array(mask[:, None])
+
+
+FAMILY = Family(ModelConfig, Transfusion)

@@ -99,7 +99,7 @@ class Trainer:
     def _new_step(self) -> Step:
         if self.config.consistency is None:
             return Step(self.model, self.optimizer, self.config)
-        teacher = self.teacher.model if self.teacher else None
+        teacher = self.teacher.transfusion if self.teacher else None
         return ConsistencyStep(self.model, self.optimizer, self.config, teacher)
 
     def resume(self) -> bool:
@@ -336,7 +336,7 @@ def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> 
     mx.random.seed(config.seed)
     model = Transfusion(shape)
     if start is not None:
-        begin = load(start, dtype=mx.float32).model  # stored in half precision perhaps
+        begin = load(start, dtype=mx.float32).transfusion  # stored in half precision perhaps
         theirs, ours = begin.config.to_dict(), shape.to_dict()
         # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
         free = {"prediction", "painter"} if config.consistency is not None else set()
