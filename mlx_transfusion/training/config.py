@@ -36,6 +36,10 @@ class DataConfig:
     """Share of pairs with the caption before the picture (arXiv 2408.11039, section 4.1)."""
     caption_drop: float = 0.1
     """Share of caption-first pairs whose caption is left out, which trains the guidance branch."""
+    instruction_drop: float = 0.1
+    """Share of edits that show the source picture without the instruction, for guidance by text."""
+    source_drop: float = 0.05
+    """Share of edits that show neither, for guidance by the source picture (arXiv 2211.09800, section 3.2.1)."""
     flip: float = 0.0
     """Share of pictures mirrored left to right."""
     skip_bad_rows: bool = False
@@ -231,7 +235,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
          "consistency.tangent_constant",
          "consistency.valid_pictures"), (0, math.inf)),
     **dict.fromkeys(
-        ("ema", "data.caption_first", "data.caption_drop", "data.flip", "optimizer.final_fraction",
+        ("ema", "data.caption_first", "data.caption_drop", "data.flip", "data.instruction_drop",
+         "data.source_drop", "optimizer.final_fraction",
          "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
     **dict.fromkeys(
         ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles"), (0, math.pi / 2)),

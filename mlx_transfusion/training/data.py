@@ -125,13 +125,13 @@ class DataSet:
         return out
 
     def count(self, document: Document) -> tuple[int, int]:
-        """(text-loss tokens, images) of a document: its part of the step's totals."""
+        """(text-loss tokens, images in the loss) of a document: its part of the step's totals."""
         previous_is_text, tokens = False, 0
         for s in document.segments:
             if isinstance(s, Text):
                 tokens += (len(s.ids) - (not previous_is_text)) * s.loss
             previous_is_text = isinstance(s, Text)
-        return tokens, len(document.images)
+        return tokens, sum(angle > 0 for angle in document.angles)
 
     def batch(self, documents: Sequence[Document]) -> Batch:
         """Pack documents and load their pictures."""
@@ -181,6 +181,8 @@ class DataSet:
                 segments.reverse()
             elif u[1] < self._data.caption_drop:
                 segments = [s for s in segments if isinstance(s, ImageRef)]
+        elif row.kind == "edit":
+            segments = self._edit(segments, float(u[0]))
         images = [s for s in segments if isinstance(s, ImageRef)]
         draws = noise.uniform(self._seed, number, (len(images), 4), f"{self._stream}/image")
         angles: list[float] = []
@@ -189,14 +191,24 @@ class DataSet:
                 text_follows = any(isinstance(later, str) for later in segments[i + 1 :])
                 angles.append(draw_angle(self._diffusion, draws[len(angles)], text_follows, progress))
         flips = [bool(d[3] < self._data.flip) for d in draws]
+        if row.kind == "edit":
+            angles[:-1] = [0.0] * (len(images) - 1)  # the source is given, not learned: it stays clean
+            flips = flips[:1] * len(images)
         return Document(self._layout(segments, row), images, flips, angles, number)
+
+    def _edit(self, segments: list[str | ImageRef], u: float) -> list[str | ImageRef]:
+        """Source, instruction and target; sometimes less, for the branches of guidance (arXiv 2211.09800, 3.2.1)."""
+        source, _, target = segments
+        if u < self._data.source_drop:
+            return [target]
+        return [source, target] if u < self._data.source_drop + self._data.instruction_drop else segments
 
     def _layout(self, segments: Sequence[str | ImageRef], row: Row) -> list[Segment]:
         out: list[Segment] = []
         count = 0
         for s in segments:
             if isinstance(s, str):
-                out.append(Text(self._encode(s)))
+                out.append(Text(self._encode(s), loss=row.kind != "edit"))  # nobody asks it for instructions
             else:
                 out.append(Image(count, self._model.patches_per_image))
                 count += 1

@@ -14,19 +14,27 @@ from mlx_transfusion.training.image_store import ImageRef, ImageStore, image_pro
 
 __all__ = ["ImageRef", "LoadedRows", "Row", "Source", "load_rows", "read_texts"]
 
-EXPECTED_ROW = 'expected {"image", "text"}, {"text"} or {"segments": [{"text"}, {"image"}, ...]}'
+EXPECTED_ROW = (
+    'expected {"image", "text"}, {"text"}, {"segments": [{"text"}, {"image"}, ...]} or '
+    '{"source", "instruction", "target"}'
+)
+
+
+Kind = Literal["pair", "text", "segments", "edit"]
+_EDIT = {"source", "instruction", "target"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One training document.
 
-    kind: "pair" ({"image", "text"}: the caller chooses which comes first; here the text does), "text", or
-    "segments" (the order is the row's own). origin: (file, line number from 1). meta: all other keys.
+    kind: "pair" ({"image", "text"}: the caller chooses which comes first; here the text does), "text",
+    "segments" (the order is the row's own), or "edit" (source picture, instruction, target picture). origin: (file,
+    line number from 1). meta: all other keys.
     """
 
     segments: list[str | ImageRef]
-    kind: Literal["pair", "text", "segments"]
+    kind: Kind
     origin: tuple[str, int]
     meta: dict[str, Any]
 
@@ -95,16 +103,19 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes, checker: _ImageChecker, origin: tuple[str, int]) -> Row:
     row = _json(line)
-    keys = {"image", "text", "segments"} & row.keys() if isinstance(row, dict) else set()
+    keys = ({"image", "text", "segments"} | _EDIT) & row.keys() if isinstance(row, dict) else set()
     where = f"{origin[0]}:{origin[1]}"
     segments: list[str | ImageRef]
-    kind: Literal["pair", "text", "segments"]
+    kind: Kind
     if keys == {"image", "text"}:
         kind, segments = "pair", [_text(row["text"]), checker.ref(row["image"], where)]
     elif keys == {"text"}:
         kind, segments = "text", [_text(row["text"])]
     elif keys == {"segments"}:
         kind, segments = "segments", _segments(row["segments"], checker, where)
+    elif keys == _EDIT:
+        pictures = [checker.ref(row[key], where) for key in ("source", "target")]
+        kind, segments = "edit", [pictures[0], _text(row["instruction"]), pictures[1]]
     else:
         found = f"keys {list(row)}" if isinstance(row, dict) else type(row).__name__
         raise _BadRowError(f"{EXPECTED_ROW}, found {found:.200}")

@@ -125,7 +125,7 @@ class Step:
             batch = TrainArrays(*arrays)
             logits, prediction = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
             text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
-            image = losses.image_errors(prediction.astype(mx.float32), target).sum()
+            image = image_loss(prediction.astype(mx.float32), target, batch.angle)
             sums = mx.stack([text, image])
             return (sums * scale).sum(), sums
 
@@ -145,6 +145,11 @@ class Step:
         return weights, ema_update(ema, self.model_weights(weights), decay), norm
 
 
+def image_loss(prediction: mx.array, target: mx.array, angle: mx.array) -> mx.array:
+    """Summed squared error of pictures [M, N, P] at angles [M]; a clean one, angle 0, is context and not learned."""
+    return (losses.image_errors(prediction, target) * (angle > 0)).sum()
+
+
 def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
     """A tree of arrays in another floating-point type."""
     return tree_map(lambda w: w.astype(dtype), tree)
@@ -155,5 +160,5 @@ def evaluate_batch(model: Transfusion, batch: Batch) -> np.ndarray:
     arrays, target, text_target, text_weight = to_arrays(batch, model)
     logits, prediction = model(arrays)
     text = losses.text_loss(logits, text_target, text_weight)
-    image = losses.image_errors(prediction, target).sum()
-    return np.array([text.item(), batch.text_targets, image.item(), len(batch.angle)])
+    image = image_loss(prediction, target, arrays.angle)
+    return np.array([text.item(), batch.text_targets, image.item(), (batch.angle > 0).sum()])
