@@ -55,9 +55,9 @@ def complete(
 
     prompt: a text, or segments: texts are str, token ids Tokens, images anything else of ImageLike (a file as a
     Path). BOS comes first, unless the first segment is Tokens that begin with it. A language model only writes,
-    whatever max_images says. on_step is called while a picture is painted, where a generator cannot yield. Raises
-    UserError, before anything is written, for bad settings, for those that this model cannot paint with (where it may paint), and for a
-    prompt that is empty or leaves no room.
+    whatever max_images says. on_step is called while a picture is painted, where a generator cannot yield.
+    Raises UserError, before anything is written, for bad settings, for those that this model cannot paint with
+    (where it may paint), and for a prompt that is empty or leaves no room.
     """
     if not isinstance(loaded.model, PictureFamily):
         settings = replace(settings, max_images=0)

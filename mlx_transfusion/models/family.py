@@ -1,8 +1,9 @@
 """What generation asks of a model, whatever its family: to read, to write, and to paint.
 
 Two base classes, because a language model does no more than write. Everything behind the border of `velocity` is
-TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A family
-that was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and nothing else knows.
+TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A
+family that was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and
+nothing else knows.
 
 A module `models/NAME.py` ends with `FAMILY = Family(config class, model class)`; model_io.py lists the names.
 """
