@@ -1,38 +1,147 @@
-"""Reading the weights of a foreign checkpoint: safetensors or torch files, one or several.
+"""What a user names as SOURCE: a folder, a file or a hub id; the checkpoints and small files in it, opened on demand.
 
-Nothing here knows names or shapes; `state_dict.py` and later families judge what these functions read.
+Nothing here knows names or shapes of tensors: families judge what is found.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json
 
-SAFETENSORS = ".safetensors"
-TORCH = (".pt", ".pth", ".bin")
+from .safetensors_file import SafetensorsFile, TensorInfo, some
+from .torch_file import SUFFIXES as TORCH
+from .torch_file import TorchFile
+
+SAFETENSORS, GGUF = ".safetensors", ".gguf"
 INDEX = ".index.json"
-MAX_NAMED = 5
-"""Most names that a message lists when any number of them says the same thing."""
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+"""Where several checkpoints lie in one folder, as in half precision beside full, one of these is meant."""
+
+
+class Checkpoint(Protocol):
+    """Named tensors that are read one by one."""
+
+    where: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> mx.array:
+        """One tensor in its foreign layout. Raises UserError for one that cannot be read."""
+
+
+@dataclass
+class Source:
+    """One SOURCE of the command line, with the flags that add to it."""
+
+    path: Path
+    """File or folder."""
+    name: str = ""
+    """As the user wrote it: a hub id, or the folder's name."""
+    config: Path | None = None
+    """--config: a config.json of our own fields, for checkpoints without one."""
+    tokenizer: Path | None = None
+    """--tokenizer: a tokenizer file or the folder of one."""
+    autoencoder: Path | None = None
+    """--autoencoder: folder or file of an AutoencoderKL, for families that keep theirs elsewhere."""
+    _opened: dict[Path, Checkpoint] = field(default_factory=dict, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that small files are read from."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def json(self, name: str = "config.json") -> dict[str, Any]:
+        """An object of the folder; {} without such a file. Raises UserError for a broken one."""
+        file = self.folder / name
+        return read_json(file) if file.is_file() else {}
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds that file (or folder)."""
+        return (self.folder / name).exists()
+
+    def open(self, name: str | Path = "") -> Checkpoint:
+        """A checkpoint: the one that SOURCE is, a file or subfolder of its folder, or another path; opened once.
+
+        Only headers are read. Raises UserError for a missing or corrupt one.
+        """
+        path = self.folder / name if name else self.path
+        if path not in self._opened:
+            self._opened[path] = open_checkpoint(path)
+        return self._opened[path]
+
+    def names(self, name: str | Path = "") -> frozenset[str]:
+        """Names of that checkpoint's tensors; none where it cannot be opened (for `detect`)."""
+        try:
+            return frozenset(self.open(name).tensors)
+        except UserError:
+            return frozenset()
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        """The tokenizer's files by name: of --tokenizer, else of the folder."""
+        place = self.tokenizer or self.folder
+        if place.is_file():
+            return {place.name: place}
+        return {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A .safetensors or torch file, an index that names several of them, or the folder of one checkpoint.
+
+    Raises UserError for a file that is missing, corrupt, or holds anything besides named tensors; for shards that
+    do not agree with their index; for torch files where torch is not installed.
+    """
+    file = _only_checkpoint(path) if path.is_dir() else path
+    return _Shards(file) if file.name.endswith(INDEX) else _open_file(file)
 
 
 def read_state_dict(source: Path) -> dict[str, mx.array]:
-    """All tensors of a checkpoint by name; those of safetensors files are lazy.
+    """All tensors of a checkpoint by name, at once. Raises UserError as `open_checkpoint` and `Checkpoint.read`."""
+    checkpoint = open_checkpoint(source)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
-    source: a .safetensors, .pt, .pth or .bin file, a `*.index.json` file that names several of them, or a
-    folder that holds one checkpoint (an index, or a single such file). Raises UserError for a file that is
-    missing, corrupt, or holds anything besides named tensors; for shards that do not agree with their index;
-    for torch files where torch is not installed.
-    """
-    file = _only_checkpoint(source) if source.is_dir() else source
-    return _read_shards(file) if file.name.endswith(INDEX) else _read_file(file)
+
+class _Shards:
+    """The files of an index, and nothing but the tensors that it names, each from the file that it names."""
+
+    def __init__(self, index: Path) -> None:
+        self.where = index
+        self._place: dict[str, Checkpoint] = {}
+        places = _read_index(index)
+        for name in sorted(set(places.values())):
+            shard = _open_file(index.with_name(name))
+            promised = {tensor for tensor, place in places.items() if place == name}
+            if differing := sorted(promised ^ shard.tensors.keys()):
+                raise UserError(
+                    f"{index}: does not agree with {name} about {some(differing)}: copy or download both again"
+                )
+            self._place |= dict.fromkeys(shard.tensors, shard)
+        self.tensors: Mapping[str, TensorInfo] = {n: shard.tensors[n] for n, shard in self._place.items()}
+
+    def read(self, name: str) -> mx.array:
+        """One tensor."""
+        return self._place[name].read(name)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        places = dict(json.loads(index.read_bytes())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not a weight index: expected an object with a weight_map") from error
+    names = list(places.values())
+    if bad := [n for n in names if not (isinstance(n, str) and n and "\0" not in n and Path(n).name == n)]:
+        raise UserError(f"{index}: {bad[0]!r} is not the name of a file beside the index")
+    return places
 
 
 def _only_checkpoint(folder: Path) -> Path:
@@ -43,88 +152,23 @@ def _only_checkpoint(folder: Path) -> Path:
         sorted(folder.glob(f"*{INDEX}")),
         sorted(path for suffix in TORCH for path in folder.glob(f"*{suffix}")),
     ):
-        if len(found) > 1:
-            raise UserError(f"{folder}: holds {len(found)} checkpoints ({_some(found)}): give one file")
+        usual = [file for file in found if file.name.removesuffix(INDEX) in USUAL_NAMES]
+        if len(found) > 1 and len(usual) != 1:
+            raise UserError(f"{folder}: holds {len(found)} checkpoints ({some(found)}): give one file")
         if found:
-            return found[0]
+            return (usual or found)[0]
     raise UserError(f"{folder}: holds no {', '.join((SAFETENSORS, *TORCH))} and no {INDEX} file")
 
 
-def _read_shards(index: Path) -> dict[str, mx.array]:
-    """The files of an index, and nothing but the tensors that it names, each from the file that it names."""
-    try:
-        places: dict[str, str] = dict(json.loads(index.read_bytes())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: not a weight index: expected an object with a weight_map") from error
-    names = list(places.values())
-    if bad := [n for n in names if not (isinstance(n, str) and n and Path(n).name == n)]:
-        raise UserError(f"{index}: {bad[0]!r} is not the name of a file beside the index")
-    weights: dict[str, mx.array] = {}
-    for name in sorted(set(names)):
-        shard = _read_file(index.with_name(name))
-        promised = {tensor for tensor, place in places.items() if place == name}
-        if differing := sorted(promised ^ shard.keys()):
-            raise UserError(
-                f"{index}: does not agree with {name} about {_some(differing)}: copy or download both again"
-            )
-        weights |= shard
-    return weights
-
-
-def _read_file(file: Path) -> dict[str, mx.array]:
+def _open_file(file: Path) -> Checkpoint:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     if file.suffix == SAFETENSORS:
-        try:
-            return dict(mx.load(str(file)))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{file}: cannot read the weights: {error}") from error
+        return SafetensorsFile(file)
+    if file.suffix == GGUF:
+        from .gguf import GGUFFile
+
+        return GGUFFile(file)
     if file.suffix in TORCH:
-        return _read_torch(file)
-    raise UserError(f"{file}: expected a {', '.join((SAFETENSORS, *TORCH))} or {INDEX} file")
-
-
-def _read_torch(file: Path) -> dict[str, mx.array]:
-    """The tensors of a torch file, read without running any code that the file may hold."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{file}: reading it needs torch: pip install 'mlx-transfusion[torch]', or save the weights as "
-            f"{SAFETENSORS}"
-        ) from error
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles that it refuses right after
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # corrupt files raise types of zipfile, pickle, struct and torch
-        # torch's own text recommends to load the file without this protection.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {code[1]}, which could run code" if code else "it is damaged or no state dict"
-        raise UserError(f"{file}: refused: {what}: save model.state_dict() again") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"{file}: holds a {type(state).__name__}, expected a state dict")
-    if other := [str(name) for name, value in state.items() if not torch.is_tensor(value)]:
-        raise UserError(
-            f"{file}: not a plain state dict ({_some(other)}): torch.save(model.state_dict(), ...)"
-        )
-    return {str(name): _to_mlx(torch, value, f"{file}: {name}") for name, value in state.items()}
-
-
-def _to_mlx(torch: Any, tensor: Any, where: str) -> mx.array:
-    """A torch tensor as an array with the same bits. `torch` is the module, which is not imported above."""
-    names = ("float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    try:
-        tensor = tensor.detach().contiguous()
-        if tensor.dtype == torch.bfloat16:  # numpy has no such type
-            return mx.array(tensor.view(torch.uint16).numpy()).view(mx.bfloat16)
-        if str(tensor.dtype).removeprefix("torch.") in names:
-            return mx.array(tensor.numpy())
-    except (RuntimeError, TypeError) as error:  # sparse, quantised and meta tensors
-        raise UserError(f"{where}: not a plain tensor: {error}") from error
-    raise UserError(f"{where}: has dtype {tensor.dtype}: save it as float32, float16 or bfloat16")
-
-
-def _some(names: list[Any]) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(name.name if isinstance(name, Path) else str(name) for name in names[:MAX_NAMED])
-    return shown + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+        return TorchFile(file)
+    raise UserError(f"{file}: expected a {', '.join((SAFETENSORS, GGUF, *TORCH))} or {INDEX} file")
