@@ -85,6 +85,19 @@ def paint_after(
     guidance. A model with `guidance_condition` needs none: it is told the scale. picture: its number in the
     document, which addresses its noise. The caches stay as they are.
     """
+    velocity = _guided_velocity(model, cache, guide, settings)
+    return walk(model, velocity, seeds, settings, picture, callback)
+
+
+def walk(
+    model: PictureFamily,
+    velocity: sampling.Velocity,
+    seeds: Sequence[int],
+    settings: ResolvedSettings,
+    picture: int = 0,
+    callback: sampling.Callback | None = None,
+) -> mx.array:
+    """From the noise of B seeds along a (guided) velocity(x [B, N, P], angle) to clean patches [B, N, P]."""
     shape = model.latent_shape
     x = _stack([noise.normal(seed, picture, shape, START_STREAM) for seed in seeds])
 
@@ -92,7 +105,6 @@ def paint_after(
         return _stack([noise.normal(seed, (picture, step), shape, STEP_STREAM) for seed in seeds])
 
     sampler = sampling.get_sampler(settings.sampler)
-    velocity = _guided_velocity(model, cache, guide, settings)
     x = sampler.function(velocity, x, _angles(model, settings), fresh, callback)
     mx.eval(x)
     return x
