@@ -104,12 +104,37 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def load_pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
+def load_pixels(image: ImageLike, height: int, width: int, pad: bool = False) -> np.ndarray:
     """A user's image as the model saw images in training: uint8 [H, W, 3], resized and cropped to the centre.
 
-    Raises UserError when it is no readable image.
+    pad: nothing is cropped, but `pad_square` makes a square of `height`. Raises UserError when it is no
+    readable image.
     """
-    from mlx_transfusion.training.pixels import decode_image, fit
+    picture = _open(image)
+    if pad:
+        return pad_square(picture, height)
+    from mlx_transfusion.training.pixels import fit
+
+    return fit(picture, height, width)
+
+
+def pad_square(image: Image.Image, size: int, least: int = 14) -> np.ndarray:
+    """The whole RGB image in the middle of a grey square: uint8 [size, size, 3], its longer side over all of it.
+
+    The shorter side has at least `least` pixels. Rounding, filter and grey are those of DeepSeek's VLM processor.
+    """
+    longest = max(image.width, image.height)
+    width, height = (max(int(side / longest * size), least) for side in (image.width, image.height))
+    square = np.full((size, size, 3), int(255 * 0.5), np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    square[top : top + height, left : left + width] = np.asarray(resized)
+    return square
+
+
+def _open(image: ImageLike) -> Image.Image:
+    """A user's image in RGB, upright. Raises UserError when it is no readable image."""
+    from mlx_transfusion.training.pixels import decode_image
 
     if isinstance(image, np.ndarray):
         right_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in CHANNELS)
@@ -121,8 +146,8 @@ def load_pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
     if isinstance(image, Image.Image):
         stream = io.BytesIO()
         image.save(stream, "PNG")
-        return fit(decode_image(stream.getvalue(), "image"), height, width)
-    return fit(decode_image(read_bytes(image), str(image)), height, width)
+        return decode_image(stream.getvalue(), "image")
+    return decode_image(read_bytes(image), str(image))
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) -> np.ndarray:

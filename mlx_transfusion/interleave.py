@@ -76,7 +76,7 @@ def describe(loaded: Loaded, image: ImageLike, seed: int = 0, settings: Generati
 
     Raises UserError when the image cannot be read, and for a model that does not read images.
     """
-    pixels = load_pixels(image, *loaded.pictures.input_size)
+    pixels = load_pixels(image, *loaded.pictures.input_size, loaded.pictures.pads_input)
     before, behind = (Tokens(tuple(ids)) for ids in loaded.pictures.describe_prompt())
     events = complete(loaded, [before, pixels, behind], seed, replace(settings, max_images=0))
     return "".join(event.text for event in events if isinstance(event, Token)).strip()
@@ -160,7 +160,8 @@ class _Document:
             return list(segment.ids)
         if isinstance(segment, str):
             return self.loaded.tokenizer.encode(segment)
-        return load_pixels(segment, *self.loaded.pictures.input_size)
+        pictures = self.loaded.pictures
+        return load_pixels(segment, *pictures.input_size, pictures.pads_input)
 
     def _check_length(self, parts: list[list[int] | np.ndarray]) -> None:
         longest = self.layout.max_position - 1

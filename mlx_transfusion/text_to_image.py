@@ -51,12 +51,17 @@ def iter_images(
     return _painted(loaded, pairs, prefixes, negative_prefix(loaded, resolved), resolved, on_step)
 
 
-def picture_size(config: FamilyConfig, name: str) -> tuple[int, int]:
-    """(height, width) of the pictures of a model, before its weights are read. Raises UserError if it paints none."""
+def unread_model(config: FamilyConfig, name: str) -> PictureFamily:
+    """A model before its weights are read, to be asked for sizes. Raises UserError if it knows no pictures."""
     model = build(config)
     if not isinstance(model, PictureFamily):
         raise UserError(f"model {name} only writes text: name a model that paints")
-    return model.picture_size
+    return model
+
+
+def picture_size(config: FamilyConfig, name: str) -> tuple[int, int]:
+    """(height, width) of the pictures of a model, before its weights are read. Raises UserError if it paints none."""
+    return unread_model(config, name).picture_size
 
 
 def check_pictures(loaded: Loaded) -> None:
@@ -71,9 +76,9 @@ def check_pictures(loaded: Loaded) -> None:
 def image_prefix(loaded: Loaded, prompt: str) -> list[int]:
     """All to read before a prompt's picture. Raises UserError for an empty prompt and one that is too long."""
     layout = loaded.config.layout
-    ids = loaded.tokenizer.encode(prompt)
-    if not ids:
+    if not loaded.tokenizer.encode(prompt):
         raise UserError("the prompt is empty: say what the picture shows")
+    ids = loaded.tokenizer.encode(loaded.pictures.prompt_text(prompt))
     prefix = loaded.pictures.image_prefix(ids)
     room = layout.max_position - layout.picture_tokens - (len(prefix) - len(ids))
     if len(ids) > room:

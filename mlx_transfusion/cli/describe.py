@@ -36,10 +36,14 @@ def describe(
     ).check()
     from mlx_transfusion.images import load_pixels
     from mlx_transfusion.interleave import describe as run
-    from mlx_transfusion.model_io import load, load_config
+    from mlx_transfusion.model_io import load, read_config
+    from mlx_transfusion.model_path import display_name, resolve
+    from mlx_transfusion.text_to_image import unread_model
 
-    config = load_config(model)  # a bad image is found before the weights are read
-    pixels = [load_pixels(image, config.image_height, config.image_width) for image in images]
+    path = resolve(model)
+    reader = unread_model(read_config(path)[0], display_name(model, path))
+    # A bad image is found before the weights are read.
+    pixels = [load_pixels(image, *reader.input_size, reader.pads_input) for image in images]
     loaded = load(model)
     with bar("describe", len(images)) as progress:
         for number, (image, data) in enumerate(zip(images, pixels, strict=True), 1):

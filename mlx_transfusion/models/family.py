@@ -111,6 +111,15 @@ class PictureFamily(TextFamily):
         """(height, width) that a user's picture is brought to before `read_picture`."""
         return self.picture_size
 
+    @property
+    def pads_input(self) -> bool:
+        """Whether a user's picture keeps all it shows, in a grey square, instead of losing its longer ends."""
+        return False
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text whose tokens `image_prefix` takes: the prompt, or the turns of a chat around it."""
+        return prompt
+
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
         """All that is read before the picture of a prompt is painted: BOS, the prompt's tokens, BOI."""
         layout = self.config.layout
