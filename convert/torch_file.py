@@ -39,7 +39,7 @@ class TorchFile:
         dtype = DTYPES[info.dtype][1]
         if dtype is None:
             raise UserError(
-                f"{self.where}: {name} has dtype {tensor.dtype}: save it as float32, float16 or bfloat16"
+                f"{self.where}: {name}: has dtype {tensor.dtype}: save it as float32, float16 or bfloat16"
             )
         tensor = tensor.detach().contiguous()
         if dtype == mx.bfloat16:  # numpy has no such type

@@ -1,8 +1,12 @@
-"""Weight quantisation in mlx-lm's convention: which layers, and back."""
+"""Weight quantisation in mlx-lm's convention: which layers, and back.
+
+config.json's table "quantization" holds {"group_size", "bits"} and, for anything but affine quantisation, "mode";
+then modules that differ by their path, each with such a table of its own, or false for one that stays as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_transfusion.errors import UserError
+
+AFFINE = "affine"
+"""mlx's usual mode: 16-bit (or as the weights) scale and bias for each group."""
 
 
 def quantize(model: nn.Module, bits: int = 8, group_size: int = 64) -> nn.Module:
@@ -38,7 +45,7 @@ def dequantize(model: nn.Module) -> bool:
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             weight = mx.dequantize(
-                module.weight, module.scales, module.biases, module.group_size, module.bits
+                module.weight, module.scales, module.biases, module.group_size, module.bits, mode=module.mode
             )
             rows, columns = weight.shape
             new: nn.Module
@@ -55,12 +62,25 @@ def dequantize(model: nn.Module) -> bool:
     return bool(plain)
 
 
-def quantization_of(model: nn.Module) -> dict[str, int] | None:
-    """{"group_size", "bits"} of a quantised model, None for a plain one."""
-    for _, module in model.named_modules():
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return {"group_size": module.group_size, "bits": module.bits}
-    return None
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """config.json's table of a quantised model, None for a plain one: the commonest setting, then what differs."""
+    settings = {
+        path: _setting(module.group_size, module.bits, module.mode)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    }
+    return quantization_table(settings) if settings else None
+
+
+def quantization_table(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """That table from the settings of all quantised modules, by their paths."""
+    known = [dict(setting) for setting in settings.values()]
+    usual = max(known, key=known.count)
+    return usual | {path: dict(setting) for path, setting in sorted(settings.items()) if setting != usual}
+
+
+def _setting(group_size: int, bits: int, mode: str = AFFINE) -> dict[str, Any]:
+    return {"group_size": group_size, "bits": bits} | ({} if mode == AFFINE else {"mode": mode})
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -75,14 +95,35 @@ def parameter_count(model: nn.Module) -> int:
     return total
 
 
-def quantize_like(model: nn.Module, weights: Mapping[str, mx.array], setting: Any, where: str) -> None:
-    """Quantise exactly the modules whose scales are stored, as mlx-lm does."""
-    if not (isinstance(setting, dict) and {"group_size", "bits"} <= setting.keys()):
-        raise UserError(f'{where}: "quantization" in config.json must hold group_size and bits')
+def quantize_like(model: nn.Module, weights: Collection[str], setting: Any, where: str) -> None:
+    """Quantise exactly the modules whose scales are stored, as mlx-lm does, each as the table `setting` says.
+
+    weights: names of the stored arrays. Raises UserError for a table that is wrong or does not fit the model.
+    """
+    usual = _checked(setting, where)
+
+    def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return _checked(setting[path], f"{where}: {path}") if path in setting else usual
+
     try:
-        nn.quantize(
-            model, int(setting["group_size"]), int(setting["bits"]),
-            class_predicate=lambda p, m: hasattr(m, "to_quantized") and f"{p}.scales" in weights,
-        )  # fmt: skip
+        nn.quantize(model, class_predicate=wanted)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: cannot quantise as config.json says: {error}") from error
+
+
+def _checked(setting: Any, where: str) -> dict[str, Any]:
+    """One table as arguments of mlx's `to_quantized`."""
+    if not (isinstance(setting, dict) and {"group_size", "bits"} <= setting.keys()):
+        raise UserError(f'{where}: "quantization" in config.json must hold group_size and bits')
+    mode = setting.get("mode", AFFINE)
+    if not (_is_count(setting["group_size"]) and _is_count(setting["bits"]) and isinstance(mode, str)):
+        raise UserError(
+            f'{where}: "quantization" in config.json must hold whole numbers as group_size and bits, and a mode'
+        )
+    return _setting(setting["group_size"], setting["bits"]) | {"mode": mode}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 16
