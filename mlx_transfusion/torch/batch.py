@@ -1,0 +1,67 @@
+"""A packed batch of `training/data.py` as tensors: pictures noised, masks made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlx_transfusion import sequence, trigflow
+from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.torch.attention import block_mask, dense_mask
+from mlx_transfusion.torch.model import TrainArrays
+from mlx_transfusion.torch.patches import patchify
+from mlx_transfusion.training.data import Batch
+
+
+class Example(NamedTuple):
+    """One part of a step: the model's input and what its outputs are compared with."""
+
+    arrays: TrainArrays
+    target: Tensor  # float32 [M, N, P]
+    image_weight: Tensor  # float32 [M], 0 for a picture that only fills up
+    text_target: Tensor  # int64 [K]
+    text_weight: Tensor  # float32 [K]
+
+
+def encode(pixels: Tensor, config: ModelConfig) -> Tensor:
+    """Pixels [M, H, W, C] in [0, 1] -> patches [M, N, P] with unit standard deviation."""
+    mean = torch.tensor(config.image_mean, device=pixels.device)
+    return patchify((pixels * 2 - 1 - mean) / config.image_std, config.patch_size)
+
+
+def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bool = False) -> Example:
+    """Noise the pictures before they are cut (arXiv 2408.11039, 3.2) and move everything to the device.
+
+    flex: with a block mask for FlexAttention instead of a dense one. A batch without pictures gets one that nobody
+    sees and no loss counts: every process of a sharded model has to give every weight a gradient.
+    """
+    packed, pixels, noise, angle = batch.packed, batch.pixels, batch.noise, batch.angle
+    patch_index, weight = packed.patch_index, np.ones(len(angle), np.float32)
+    if not len(angle):
+        pixels, noise = (np.zeros((1, *a.shape[1:]), a.dtype) for a in (pixels, noise))
+        angle, weight = np.zeros(1, np.float32), np.zeros(1, np.float32)
+        patch_index = np.zeros(config.patches_per_image, np.int32)
+
+    def move(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else None, non_blocking=True)
+
+    x0 = encode(move(pixels).float() / 255, config)
+    z, angles = patchify(move(noise), config.patch_size), move(angle)
+    a = angles[:, None, None]
+    make_mask = block_mask if flex else dense_mask
+    arrays = TrainArrays(
+        ids=move(packed.ids),
+        is_image=move((packed.modality == sequence.IMAGE)[..., None]),
+        patch_row=move(packed.patch_row),
+        patch_index=move(patch_index),
+        text_index=move(packed.text_index),
+        mask=make_mask(move(packed.document), move(packed.image)),
+        patches=trigflow.mix(x0, z, a),
+        angle=angles,
+    )
+    target = z if config.prediction == "epsilon" else trigflow.velocity_target(x0, z, a)
+    return Example(arrays, target, move(weight), move(packed.text_target), move(packed.text_weight))
