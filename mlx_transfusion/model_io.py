@@ -46,6 +46,7 @@ EXTRA_KEYS = ("training", "objective", "quantization", "quantization_config")
 distilled with, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
 
 FAMILIES = {
+    "monoformer": "monoformer",
     "transfusion": "transfusion",
 }
 """`model_type` of config.json -> module of `mlx_transfusion.models`, imported when it is needed."""
