@@ -1,0 +1,301 @@
+"""JanusFlow (arXiv 2411.07975): a language model that reads pictures through SigLIP and paints by rectified flow.
+
+Understanding and painting go separate ways into one causal Llama. A user's picture is SigLIP's features, one token a
+patch, behind a learned vector that begins it. A picture being painted is its noisy latent in ConvNeXt patches behind
+one token that is the time; the decoder turns the hidden states of the patches into the velocity of a rectified flow,
+with the encoder's output beside them. Attention is causal everywhere, in pictures too.
+
+The latents are those of the SDXL autoencoder times its scaling factor, which gives them unit standard deviation (up
+to what that factor was rounded to): they are `velocity`'s data as they are, cut into patches. Parameter names are the
+official ones, without the two wrappers around the vision tower and the language model's decoder.
+Shapes: B rows, T positions, D width, N patches of P numbers, L latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_transfusion import trigflow
+from mlx_transfusion.config import from_dict
+from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.convnext import ConvNextConfig, PictureDecoder, PictureEncoder
+from mlx_transfusion.models.family import Family, PictureFamily
+from mlx_transfusion.models.layers import Block, KeysValues, Mask
+from mlx_transfusion.models.patches import patchify, unpatchify
+from mlx_transfusion.models.siglip import Siglip, SiglipConfig
+
+TIME_SCALE = 1000.0
+"""What the network is told at the end of the flow (data); 0 is noise."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the language model, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    qk_norm: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class LanguageModel(nn.Module):
+    """Llama, from token vectors to final hidden states."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]  # type: ignore[arg-type]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask = "causal",
+        offset: int | mx.array = 0,
+        past: Sequence[KeysValues | None] | None = None,
+    ) -> tuple[mx.array, list[KeysValues]]:
+        """Token vectors [B, T, D] behind `past` -> final hidden states, and new keys and values."""
+        added = []
+        for layer, before in zip(self.layers, past or [None] * len(self.layers), strict=True):
+            x, new = layer(x, mask, offset, before)
+            added.append(new)
+        return self.norm(x), added
+
+
+@dataclass(frozen=True)
+class JanusFlowConfig:
+    """Sizes of the parts, ids of the structural tokens, and the words around a user's."""
+
+    text: LlamaConfig
+    vision: SiglipConfig
+    painting: ConvNextConfig
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    boi_token_id: int
+    """Begins a picture to read; a learned vector stands in its place, so it is never embedded."""
+    eoi_token_id: int
+    """Ends a picture to read."""
+    placeholder_token_id: int
+    """Stands for a picture in the official tokenizer's text."""
+    generation_token_id: int | None = None
+    """Begins a picture to paint; the time stands in its place, so it is never read, and a tokenizer may lack it."""
+    prompt_format: str = "User: {prompt}\n\nAssistant:"
+    """The text that is tokenised for a prompt to paint."""
+    describe_before: tuple[int, ...] = ()
+    """Tokens between BOS and a picture that is to be described."""
+    describe_after: tuple[int, ...] = ()
+    """Tokens behind it: the question, and the opening of the answer."""
+    model_type: str = "janusflow"
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the text head."""
+        return self.text.vocab_size
+
+    @cached_property
+    def layout(self) -> Layout:
+        """BOS and text; pictures are painted behind a prompt only, so no token opens one."""
+        structural = (self.bos_token_id, self.pad_token_id, self.boi_token_id, self.eoi_token_id,
+                      self.placeholder_token_id, self.generation_token_id)  # fmt: skip
+        return Layout(
+            bos=self.bos_token_id,
+            eos=(self.eos_token_id,),
+            pad=self.pad_token_id,
+            banned=tuple(i for i in structural if i is not None),
+            picture_tokens=max(1 + self.painting.grid**2, self.vision.patches + 2),
+            max_position=self.text.max_position_embeddings,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> JanusFlowConfig:
+        """Read config.json strictly. Raises UserError for unknown or missing keys, wrong types and sizes."""
+        return from_dict(cls, data, where)
+
+
+class JanusFlow(PictureFamily):
+    """Reads and writes text, reads pictures (SigLIP), paints pictures (rectified flow)."""
+
+    def __init__(self, config: JanusFlowConfig) -> None:
+        super().__init__()
+        self._config = config
+        width, vision, painting = config.text.hidden_size, config.vision, config.painting
+        self.vision_und_enc_model = Siglip(vision)
+        self.vision_und_enc_aligner = nn.Linear(vision.hidden_size, width)
+        self.beg_of_und_embed = mx.zeros((1, width))
+        self.vision_gen_enc_model = PictureEncoder(painting, width)
+        self.vision_gen_enc_aligner = nn.Linear(painting.channels, width)
+        self.language_model = LanguageModel(config.text)
+        self.vision_gen_dec_aligner_norm = nn.RMSNorm(width, eps=config.text.rms_norm_eps)
+        self.vision_gen_dec_aligner = nn.Linear(width, painting.channels)
+        self.vision_gen_dec_model = PictureDecoder(painting, width)
+
+    @property
+    def config(self) -> JanusFlowConfig:
+        """The configuration the model was built from."""
+        return self._config
+
+    # ---- plain passes on token vectors --------------------------------------------------------------------------
+
+    def picture_vectors(self, pixels: mx.array) -> mx.array:
+        """What the language model reads of pictures [B, S, S, 3] in [-1, 1]: [B, 1 + patches, D].
+
+        The first vector stands in the place of begin-of-image.
+        """
+        features = self.vision_und_enc_aligner(self.vision_und_enc_model(pixels))
+        begin = mx.broadcast_to(self.beg_of_und_embed[None], (features.shape[0], 1, features.shape[-1]))
+        return mx.concatenate([begin, features], 1)
+
+    def noisy_vectors(self, z: mx.array, t: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What the language model reads of latents z [B, H, W, L] at times t [B], 0 (noise) to 1 (data).
+
+        Returns [B, 1 + N, D], the time first, the encoder's grid [B, h, w, C], and the time [B, D] for the decoder.
+        """
+        grid, time = self.vision_gen_enc_model(z, t * TIME_SCALE)
+        tokens = self.vision_gen_enc_aligner(grid.reshape(grid.shape[0], -1, grid.shape[-1]))
+        return mx.concatenate([time[:, None], tokens], 1), grid, time
+
+    def flow_from_hidden(self, hidden: mx.array, grid: mx.array, time: mx.array) -> mx.array:
+        """Hidden states [B, N, D] of the patches -> dz/dt = data - noise [B, H, W, L]."""
+        x = self.vision_gen_dec_aligner(self.vision_gen_dec_aligner_norm(hidden))
+        return self.vision_gen_dec_model(x.reshape(grid.shape), grid, time)
+
+    def flow(self, z: mx.array, t: mx.array, cache: KVCache) -> mx.array:
+        """The network's own velocity dz/dt [B, H, W, L] of latents [B, H, W, L] at times [B] behind the cache."""
+        vectors, grid, time = self.noisy_vectors(z.astype(self._dtype), t)
+        hidden = self._read(vectors, np.ones(vectors.shape[:2], bool), cache, store=False)
+        return self.flow_from_hidden(hidden[:, 1:], grid, time)
+
+    # ---- the interface of every family (family.py) --------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(patches of a picture, latent numbers in a patch)."""
+        c = self.config.painting
+        return c.grid**2, c.latent_channels * c.patch_size**2
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """What SigLIP reads."""
+        return self.config.vision.image_size, self.config.vision.image_size
+
+    @property
+    def pads_input(self) -> bool:
+        """The official processor crops nothing."""
+        return True
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` rows."""
+        return KVCache(self.config.text.num_hidden_layers, batch)
+
+    def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+        """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
+        ids, lengths = np.asarray(ids), np.asarray(lengths)
+        new = np.arange(ids.shape[1]) < lengths[:, None]
+        hidden = self._read(self.language_model.embed_tokens(mx.array(ids)), new, cache, store=True)
+        return self.language_model.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
+
+    def prompt_text(self, prompt: str) -> str:
+        """The prompt as the user's turn of a chat."""
+        return self.config.prompt_format.replace("{prompt}", prompt.strip())
+
+    def image_prefix(self, ids: Sequence[int]) -> list[int]:
+        """BOS and the formatted prompt's tokens: the token that begins the picture gives its place to the time."""
+        return [self.config.bos_token_id, *ids]
+
+    def guide(self, prefixes: Sequence[Sequence[int]], negative: Sequence[int] | None = None) -> KVCache:
+        """BOS alone, but at the prompt's distance from the picture, as the model was trained: one row a prefix.
+
+        The official code masks the prompt's other tokens and lets positions run on, so the picture begins where it
+        begins behind the prompt. A negative prefix is read like any other.
+        """
+        if negative is not None:
+            return super().guide(prefixes, negative)
+        bos = np.array([[self.config.bos_token_id]], np.int32)
+        cache = self.prefill(bos, np.array([1]))[1].select([0] * len(prefixes))
+        cache.positions = np.array([len(prefix) for prefix in prefixes])
+        return cache
+
+    def velocity(
+        self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
+    ) -> mx.array:
+        """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
+        c = self.config.painting
+        per_image = angle[:, None, None]
+        noise_share = trigflow.flow_time_from_angle(per_image)
+        state = x / (mx.sin(per_image) + mx.cos(per_image))
+        z = unpatchify(state, c.latent_size, c.latent_size, c.patch_size)
+        flow = self.flow(z, 1 - noise_share[:, 0, 0], cache)
+        u = -patchify(flow, c.patch_size)  # the flow runs to the data, TrigFlow to the noise
+        return trigflow.flow_to_trigflow(state, u, noise_share)[1]
+
+    def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
+        """Read begin, features and end of a picture [B, S, S, 3] in [0, 1]; returns the logits [B, V] after it."""
+        vectors = self.picture_vectors((pixels * 2 - 1).astype(self._dtype))
+        end = self.language_model.embed_tokens(
+            mx.full((pixels.shape[0], 1), self.config.eoi_token_id, mx.int32)
+        )
+        vectors = mx.concatenate([vectors, end], 1)
+        hidden = self._read(vectors, np.ones(vectors.shape[:2], bool), cache, store=True)
+        return self.language_model.lm_head(hidden[:, -1])
+
+    def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """System message and user's turn; the question and the assistant's turn."""
+        return list(self.config.describe_before), list(self.config.describe_after)
+
+    def _read(self, x: mx.array, new: np.ndarray, cache: KVCache, store: bool) -> mx.array:
+        """Final hidden states [B, T, D] of vectors [B, T, D] behind the cache; `new` says which are real."""
+        hidden, added = self.language_model(x, causal_mask(cache, new), cache.offset(), cache.layers)
+        if store:
+            cache.append(added, new)
+        return hidden
+
+    @property
+    def _dtype(self) -> mx.Dtype:
+        return self.vision_gen_dec_aligner_norm.weight.dtype
+
+
+def causal_mask(cache: KVCache, new: np.ndarray) -> Mask:
+    """What new tokens [B, T] see: all valid columns of the cache, and each other backwards."""
+    t, s = new.shape[1], cache.valid.shape[1]
+    if new.all() and cache.valid.all():
+        return None if t == 1 else "causal"
+    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
+    mask = causal & cache.visible(new)[:, None]
+    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
+    mask |= np.eye(t, s + t, s, dtype=bool)
+    return mx.array(mask[:, None])
+
+
+FAMILY = Family(JanusFlowConfig, JanusFlow)
