@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 if TYPE_CHECKING:
     from .sources import Checkpoint, Source
@@ -258,6 +259,8 @@ class Plan:
     """config.json's table "quantization" where the checkpoint's matrices are quantised already (packed entries)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further tables of config.json, of model_io.EXTRA_KEYS."""
+    model: nn.Module | None = None
+    """What is filled, where `model_type` is none of model_io's families (a part, as an autoencoder)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 
 from mlx_transfusion.cli import lora, tokenizer
 from mlx_transfusion.cli.complete import complete
+from mlx_transfusion.cli.convert import convert
 from mlx_transfusion.cli.describe import describe
 from mlx_transfusion.cli.distill import distill
 from mlx_transfusion.cli.evaluate import evaluate
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (generate, describe, complete, info, train, distill, evaluate):
+for verb in (generate, describe, complete, convert, info, train, distill, evaluate):
     app.command()(verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(lora.app, name="lora")
