@@ -47,6 +47,7 @@ distilled with, and {"group_size", "bits"} of quantised weights (the last is a c
 
 FAMILIES = {
     "janusflow": "janusflow",
+    "llama": "llama",
     "monoformer": "monoformer",
     "transfusion": "transfusion",
 }
