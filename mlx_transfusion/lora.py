@@ -13,13 +13,19 @@ NAME.diff, NAME.diff_b     the whole difference of NAME's weight and bias: of ve
 
 `adapter_config.json` is an `AdapterConfig`. Parameters that it lists as unchanged have no array at all. With float16
 an adapter of rank r has 2 bytes for each of min(r (m + n), m n) numbers of a matrix and n of a vector.
+
+That is what `lora_extract` writes. A fine-tuned adapter (finetune/) lists its linear layers as `keys` instead: those
+have NAME.lora_a and NAME.lora_b whatever their size, float32, and nothing else differs from the base. With
+fine_tune_type "dora" they also have NAME.m [outputs], the length of each row of the new matrix (arXiv 2402.09353):
+
+    W' = m (W + scale * (A B)^T) / |W + scale * (A B)^T|
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +40,7 @@ from mlx_transfusion.model_files import check_shapes, read_json, read_safetensor
 from mlx_transfusion.model_path import ADAPTER_CONFIG, is_adapter, resolve_beside
 
 ADAPTER_FILE = "adapters.safetensors"
-METHOD = "lora"
+METHODS = ("lora", "dora")
 
 Shape = tuple[int, ...]
 
@@ -56,6 +62,8 @@ class LoraParameters:
 
     rank: int
     scale: float = 1.0
+    keys: tuple[str, ...] | None = None
+    """The linear layers of a fine-tuned adapter, by their whole names; None is every parameter of the model."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class AdapterConfig:
     lora_parameters: LoraParameters
     model_fingerprint: str
     """Of the base's weights (`model_io.Loaded.fingerprint`)."""
-    fine_tune_type: str = METHOD
+    fine_tune_type: str = METHODS[0]
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of config.json that differ from the base's: what the network predicts, for one."""
     unchanged: tuple[str, ...] = ()
@@ -75,13 +83,24 @@ class AdapterConfig:
     objective: dict[str, Any] | None = None
     """The table of config.json (objective.py)."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for adapter_config.json; without `keys` where there are none."""
+        data = asdict(self)
+        if self.lora_parameters.keys is None:
+            del data["lora_parameters"]["keys"]
+        return data
+
 
 def read_adapter_config(path: Path) -> AdapterConfig:
     """adapter_config.json of a folder. Raises UserError for what is missing, unknown or out of range in it."""
     file = path / ADAPTER_CONFIG
     config = from_dict(AdapterConfig, read_json(file), str(file))
-    if config.fine_tune_type != METHOD:
-        raise UserError(f'{file}: fine_tune_type is "{config.fine_tune_type}", expected "{METHOD}"')
+    if config.fine_tune_type not in METHODS:
+        raise UserError(
+            f'{file}: fine_tune_type is "{config.fine_tune_type}", expected one of {", ".join(METHODS)}'
+        )
+    if config.fine_tune_type == "dora" and config.lora_parameters.keys is None:
+        raise UserError(f"{file}: lora_parameters.keys is missing: an adapter of type dora names its layers")
     check_rank(config.lora_parameters.rank, f"{file}: lora_parameters.rank")
     if not math.isfinite(config.lora_parameters.scale):
         raise UserError(f"{file}: lora_parameters.scale is {config.lora_parameters.scale}, expected a number")
@@ -115,14 +134,37 @@ def adapter_file(path: Path) -> Path:
 
 def read_adapter(path: Path, config: AdapterConfig, base: nn.Module) -> dict[str, mx.array]:
     """The arrays of an adapter for the float model `base`. Raises UserError when they do not fit it."""
-    parts = layout(base, config.lora_parameters.rank)
     where = f"{path}: the adapter does not fit its base {config.model}"
+    if config.lora_parameters.keys is not None:
+        arrays = read_safetensors(adapter_file(path))
+        check_shapes(trained_shapes(base, config, where), arrays, where)
+        return arrays
+    parts = layout(base, config.lora_parameters.rank)
     if strange := sorted(set(config.unchanged) - parts.keys()):
         raise UserError(f"{where}: it lists as unchanged what is no parameter: {', '.join(strange)}")
     arrays = read_safetensors(adapter_file(path))
     changed = [part.arrays for name, part in parts.items() if name not in config.unchanged]
     check_shapes({name: shape for shapes in changed for name, shape in shapes.items()}, arrays, where)
     return arrays
+
+
+def trained_shapes(base: nn.Module, config: AdapterConfig, where: str) -> dict[str, Shape]:
+    """Names and shapes of the arrays of an adapter with `keys`. Raises UserError for what is no linear layer."""
+    layers, rank = linear_layers(base), config.lora_parameters.rank
+    shapes: dict[str, Shape] = {}
+    for key in config.lora_parameters.keys or ():
+        if key not in layers:
+            raise UserError(f"{where}: there is no linear layer {key}")
+        outputs, inputs = layers[key].weight.shape
+        shapes |= {f"{key}.lora_a": (inputs, rank), f"{key}.lora_b": (rank, outputs)}
+        if config.fine_tune_type == "dora":
+            shapes[f"{key}.m"] = (outputs,)
+    return shapes
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a float model by name."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def layout(model: nn.Module, rank: int) -> dict[str, Part]:
@@ -175,6 +217,11 @@ def unpack(arrays: Mapping[str, np.ndarray], part: Part) -> np.ndarray:
 def fuse(model: nn.Module, config: AdapterConfig, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The weights of a float model with an adapter (of `read_adapter`) added, by name, each in its own type."""
     weights = dict(tree_flatten(model.parameters()))
+    if config.lora_parameters.keys is not None:
+        for key in config.lora_parameters.keys:
+            old = weights[f"{key}.weight"]
+            weights[f"{key}.weight"] = adapted(old, key, config, arrays).astype(old.dtype)
+        return weights
     for name, part in layout(model, config.lora_parameters.rank).items():
         if name not in config.unchanged:
             stored = {key: np.array(arrays[key].astype(mx.float32)) for key in part.arrays}
@@ -182,3 +229,12 @@ def fuse(model: nn.Module, config: AdapterConfig, arrays: Mapping[str, mx.array]
             old = weights[name]
             weights[name] = (old.astype(mx.float32) + difference).astype(old.dtype)
     return weights
+
+
+def adapted(weight: mx.array, key: str, config: AdapterConfig, arrays: Mapping[str, mx.array]) -> mx.array:
+    """The matrix [outputs, inputs] of the linear layer `key` with a fine-tuned adapter in it, float32."""
+    a, b = (arrays[f"{key}.lora_{half}"].astype(mx.float32) for half in "ab")
+    new = weight.astype(mx.float32) + config.lora_parameters.scale * (a @ b).T
+    if config.fine_tune_type == "dora":
+        new = new * (arrays[f"{key}.m"].astype(mx.float32) / mx.linalg.norm(new, axis=1))[:, None]
+    return new

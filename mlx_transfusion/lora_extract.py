@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,7 +82,7 @@ def extract(
     try:
         target.mkdir(parents=True, exist_ok=True)
         config = AdapterConfig(
-            model=_base_name(base, target),
+            model=base_name(base, target),
             lora_parameters=LoraParameters(rank),
             model_fingerprint=old.fingerprint,
             config={key: value for key, value in new.config.to_dict().items() if value != theirs[key]},
@@ -90,7 +90,7 @@ def extract(
             objective=new.extra.get("objective"),
         )
         write_safetensors(target / ADAPTER_FILE, arrays)
-        write_json(target / ADAPTER_CONFIG, asdict(config))
+        write_json(target / ADAPTER_CONFIG, config.to_dict())
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
         raise UserError(f"{target}: cannot write the adapter: {error}") from error
     whole = sum(file.stat().st_size for file in weight_files(new.path))
@@ -136,7 +136,7 @@ def _differences(old: Loaded, new: Loaded, rank: int) -> Iterator[tuple[str, np.
         yield name, difference, part
 
 
-def _base_name(base: str | os.PathLike[str], target: Path) -> str:
+def base_name(base: str | os.PathLike[str], target: Path) -> str:
     """A bundled name or hub id as it is; a folder by its way from the adapter, so that both can move together."""
     path = Path(base).expanduser()
     if not path.exists():

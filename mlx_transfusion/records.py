@@ -37,6 +37,8 @@ def image_record(
         "height": height,
         "batch": {"size": batch, "row": row},
     }
+    if "adapters" in loaded.extra:
+        record["adapters"] = loaded.extra["adapters"]
     if settings.angles is not None:
         record |= {"angles": list(settings.angles), "objective": loaded.extra["objective"]}
     return record
@@ -71,6 +73,8 @@ def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettin
         raise UserError(
             f"{where}: was painted inside a text: repeat it with `complete`, the same prompt and seed"
         )
+    if record.get("edit"):
+        raise UserError(f"{where}: was made from another picture: repeat it with `edit`")
     if "pictures" in record:
         raise UserError(f"{where}: is a sheet of {len(record['pictures'])} pictures: give one of them")
     try:

@@ -385,7 +385,8 @@ def test_arrays_that_do_not_fit(
     [
         ({"model": ...}, 'key "model" is missing'),
         ({"fingerprint": "0"}, 'unknown key "fingerprint"; did you mean "model_fingerprint"?'),
-        ({"fine_tune_type": "dora"}, 'fine_tune_type is "dora", expected "lora"'),
+        ({"fine_tune_type": "full"}, 'fine_tune_type is "full", expected one of lora, dora'),
+        ({"fine_tune_type": "dora"}, "lora_parameters.keys is missing"),
         ({"lora_parameters": {"rank": 0}}, "rank is 0: use at least 1"),
         ({"lora_parameters": {"rank": 4, "scale": float("nan")}}, "scale is nan, expected a number"),
         ({"lora_parameters": {"rank": 5}}, "has shape [32, 4], expected [32, 5]"),

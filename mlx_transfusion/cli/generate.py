@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the picture shows.")] = None,
     model: options.Model = None,
+    adapter: options.Adapter = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="Repeatable: one picture each.", show_default="random")
     ] = None,
@@ -81,8 +82,9 @@ def generate(
     if preview_every is not None and preview_every < 1:
         raise UserError(f"--preview-every is {preview_every}: use at least 1")
 
+    from mlx_transfusion.adapters import load_adapted
     from mlx_transfusion.images import check_folder
-    from mlx_transfusion.model_io import load, read_config
+    from mlx_transfusion.model_io import read_config
     from mlx_transfusion.model_path import display_name, resolve
     from mlx_transfusion.text_to_image import picture_size
 
@@ -98,7 +100,7 @@ def generate(
     settings = job.settings.for_model(extra, display_name(model, path))  # before the weights are read
     output = picture_path(output)
     check_folder(output.parent)
-    loaded = load(model)
+    loaded = load_adapted(model, adapter or [])
     if job.model_hash not in (None, loaded.fingerprint):
         message(
             f"warning: {repeat} was painted by weights {job.model_hash} of {job.model}, these are "

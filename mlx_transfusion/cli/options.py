@@ -27,6 +27,14 @@ Model = Annotated[
         show_default=DEFAULT_MODEL,
     ),
 ]  # fmt: skip
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR[:SCALE]",
+        help="A fine-tuned adapter of the model, and how much of it. Repeatable.",
+    ),
+]
 Sampler = Annotated[
     str | None,
     typer.Option(

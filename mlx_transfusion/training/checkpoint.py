@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import read_weights, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
+
+Save = Callable[[Path, Transfusion, Tokenizer, Mapping[str, Any] | None], object]
+"""(folder, model, tokenizer, extra tables): writes a model's own files."""
 
 PREFIX, TEMPORARY = "step-", ".writing-"
 WEIGHTS, OPTIMIZER, STATE = "train.safetensors", "optimizer.safetensors", "state.json"
@@ -52,11 +55,12 @@ def save_checkpoint(
     record: dict[str, Any],
     keep: int,
     extra: Mapping[str, Any] | None = None,
+    save: Save = save_model,
 ) -> Path:
     """Write `folder/step-NNNNNNNN` atomically and remove all but the newest `keep`.
 
     `model` is only used for its shape of parameters; `record` (seed, training config) goes into state.json, `extra`
-    (tables such as "objective") into config.json.
+    (tables such as "objective") into config.json. save: writes the model's own files, an adapter's for one.
     Raises UserError when the disk is full or the folder cannot be written; older checkpoints stay as they are.
     """
     target = folder / f"{PREFIX}{state.step:08d}"
@@ -66,7 +70,7 @@ def save_checkpoint(
         _remove_unfinished(folder)
         # A step that is saved already stays: taking it away to write the same again would only risk it.
         if not (target / STATE).is_file():
-            _write(temporary, state, optimizer, model, tokenizer, record, extra)
+            _write(temporary, state, optimizer, model, record, lambda to: save(to, model, tokenizer, extra))
             if target.exists():
                 shutil.rmtree(target)  # not a checkpoint: it has no training state
             os.replace(temporary, target)
@@ -88,16 +92,15 @@ def _write(
     state: TrainState,
     optimizer: optim.Optimizer,
     model: Transfusion,
-    tokenizer: Tokenizer,
     record: dict[str, Any],
-    extra: Mapping[str, Any] | None,
+    save: Callable[[Path], object],
 ) -> None:
     """Write all files of a checkpoint into a new folder and wait until they are on the disk."""
     folder.mkdir()
     current = model.parameters()
     model.update(state.ema)
     try:
-        save_model(folder, model, tokenizer, extra)
+        save(folder)
     finally:
         model.update(current)
     mx.save_safetensors(str(folder / WEIGHTS), dict(tree_flatten(state.weights)))
@@ -145,15 +148,22 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def load_checkpoint(checkpoint: Path, optimizer: optim.Optimizer) -> TrainState:
-    """Restore weights, EMA and step; the optimiser's state is set in place.
+def read_model(checkpoint: Path) -> Any:
+    """The weights that `save_model` wrote, as a tree."""
+    return tree_unflatten(list(read_weights(checkpoint).items()))  # several files when the model is large
+
+
+def load_checkpoint(
+    checkpoint: Path, optimizer: optim.Optimizer, read: Callable[[Path], Any] = read_model
+) -> TrainState:
+    """Restore weights, EMA (what `read` gives) and step; the optimiser's state is set in place.
 
     Raises UserError for a file that is missing or corrupt.
     """
     step = read_record(checkpoint)["step"]
     try:
         weights = tree_unflatten(_arrays(checkpoint / WEIGHTS))
-        ema = tree_unflatten(list(read_weights(checkpoint).items()))  # several files when the model is large
+        ema = read(checkpoint)
         optimizer.state = tree_unflatten(_arrays(checkpoint / OPTIMIZER))
         mx.eval(weights, ema, optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:

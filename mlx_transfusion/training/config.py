@@ -121,6 +121,26 @@ class ConsistencyConfig:
 
 
 @dataclass(frozen=True)
+class AdapterTraining:
+    """Train a small difference from `init`, which stays as it is, instead of a whole model (finetune/)."""
+
+    type: str = "lora"
+    """"lora" (arXiv 2106.09685) or "dora" (arXiv 2402.09353)."""
+    rank: int = 8
+    scale: float = 2.0
+    """Factor of A B, whatever the rank: alpha / rank of the papers."""
+    layers: int = -1
+    """Number of blocks, counted from the last one; -1 is all."""
+    targets: tuple[str, ...] = ("*.self_attn.*_proj", "*.mlp.*_proj")
+    """Patterns of linear layers' names, with * and ?."""
+    modality: str = "both"
+    """"image": the adapter stands beside the weights that read and write, for a picture that is being painted alone
+    (`ModelConfig.painter`), so that text and descriptions stay bit for bit what they were."""
+    quantize: int | None = None
+    """Bits of the base while it is trained on (QLoRA, arXiv 2305.14314); None keeps it as it is."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (the paper, section 4.1), or Muon for the matrices of the decoder with AdamW for the rest."""
 
@@ -183,28 +203,24 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     consistency: ConsistencyConfig | None = None
+    adapter: AdapterTraining | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():
-            if name.startswith("consistency.") and self.consistency is None:
+            if self._absent(name):
                 continue
             value = operator.attrgetter(name)(self)
             for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
                 _within(f"{name}[{i}]" if isinstance(value, tuple) else name, one, low, high)
         for name, allowed in _CHOICES.items():
-            if name.startswith("consistency.") and self.consistency is None:
+            if self._absent(name):
                 continue
             choice = operator.attrgetter(name)(self)
             if choice not in allowed:
                 raise UserError(
-                    f'training config: {name} is "{choice}", expected one of {", ".join(allowed)}'
+                    f'training config: {name} is "{choice}", expected one of {", ".join(map(str, allowed))}'
                 )
-        if self.model is None and self.start is None:
-            raise UserError('training config: key "model" is missing, and there is no model to start from')
-        if self.consistency is not None and self.consistency.student == "painter" and self.start is None:
-            raise UserError(
-                'training config: consistency.student "painter" needs a teacher or init to stand beside'
-            )
+        self._check_start()
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
         if self.accumulate > self.batch_size:
@@ -213,6 +229,23 @@ class TrainConfig:
             )
         if self.sample.every and not self.sample.prompts:
             raise UserError("training config: sample.every needs sample.prompts to paint")
+
+    def _check_start(self) -> None:
+        if self.model is None and self.start is None:
+            raise UserError('training config: key "model" is missing, and there is no model to start from')
+        if self.consistency is not None and self.consistency.student == "painter" and self.start is None:
+            raise UserError(
+                'training config: consistency.student "painter" needs a teacher or init to stand beside'
+            )
+        if self.adapter is not None and (self.init is None or self.consistency is not None):
+            raise UserError(
+                "training config: [adapter] needs init, the model that it is added to, and no [consistency]"
+            )
+
+    def _absent(self, name: str) -> bool:
+        """Whether a key is of a table that this config has not got."""
+        table = name.partition(".")[0]
+        return table in ("consistency", "adapter") and getattr(self, table) is None
 
     @property
     def start(self) -> str | None:
@@ -241,17 +274,22 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles"), (0, math.pi / 2)),
     "consistency.gap_factor": (2, math.inf),
+    "adapter.rank": (1, math.inf),
+    "adapter.layers": (-1, math.inf),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest value of each number."""
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "diffusion.distribution": ("uniform", "tan_lognormal"),
     "consistency.method": ("scm", "ect"),
     "consistency.student": ("full", "painter"),
     "consistency.tangent": ("normalize", "clip", "none"),
+    "adapter.type": ("lora", "dora"),
+    "adapter.modality": ("both", "image"),
+    "adapter.quantize": (None, 4, 8),
 }
 
 

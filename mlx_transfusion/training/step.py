@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_transfusion import losses, sequence, trigflow
+from mlx_transfusion.model_io import save_model
 from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.checkpoint import read_model
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import Batch, DataSet, Document
 from mlx_transfusion.training.optimizer import ema_update
@@ -70,6 +72,20 @@ class Step:
         """The part of the trained weights that is the model."""
         return weights
 
+    def forward(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
+        """The model on packed rows: logits [K, V] and predictions [M, N, P]."""
+        return self._model(batch)
+
+    def save(
+        self, folder: Path, model: Transfusion, tokenizer: Tokenizer, extra: Mapping[str, Any] | None
+    ) -> object:
+        """Write the model as it is into a folder that `load` reads. Raises UserError."""
+        return save_model(folder, model, tokenizer, extra)
+
+    def read_averaged(self, folder: Path) -> Tree:
+        """What `save` wrote, as a tree like that of `model_weights`."""
+        return read_model(folder)
+
     def load(self, data: DataSet, documents: Sequence[Document]) -> Any:
         """Arrays of one part of a step (numpy only: it runs in a thread)."""
         return data.batch(documents)
@@ -99,7 +115,7 @@ class Step:
         """Mean losses of the model as it is on the first `batches` batches of `size` documents, per modality."""
         total = np.zeros(4)
         for i in range(batches):
-            total += evaluate_batch(self._model, data.batch(data.documents(i, size)))
+            total += evaluate_batch(self._model, data.batch(data.documents(i, size)), self.forward)
         return {
             "valid_text_loss": float(total[0] / max(1, total[1])),
             "valid_image_loss": float(total[2] / max(1, total[3])),
@@ -123,7 +139,7 @@ class Step:
         def objective(w: Tree) -> tuple[mx.array, mx.array]:
             self._model.update(cast(w, self._dtype))
             batch = TrainArrays(*arrays)
-            logits, prediction = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
+            logits, prediction = self.forward(batch._replace(patches=batch.patches.astype(self._dtype)))
             text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
             image = image_loss(prediction.astype(mx.float32), target, batch.angle)
             sums = mx.stack([text, image])
@@ -155,10 +171,14 @@ def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
     return tree_map(lambda w: w.astype(dtype), tree)
 
 
-def evaluate_batch(model: Transfusion, batch: Batch) -> np.ndarray:
+def evaluate_batch(
+    model: Transfusion,
+    batch: Batch,
+    forward: Callable[[TrainArrays], tuple[mx.array, mx.array]] | None = None,
+) -> np.ndarray:
     """[text loss sum in nats, text tokens, image loss sum, images] of one batch without gradients."""
     arrays, target, text_target, text_weight = to_arrays(batch, model)
-    logits, prediction = model(arrays)
+    logits, prediction = (forward or model)(arrays)
     text = losses.text_loss(logits, text_target, text_weight)
     image = image_loss(prediction, target, arrays.angle)
     return np.array([text.item(), batch.text_targets, image.item(), (batch.angle > 0).sum()])

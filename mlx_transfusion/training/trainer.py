@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +40,9 @@ from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.schedule import learning_rate_factor
 from mlx_transfusion.training.signals import Watch
 from mlx_transfusion.training.step import Step
+
+if TYPE_CHECKING:
+    from mlx_transfusion.finetune.base import Base
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ class Trainer:
         self.output = Path(config.output)
         self.tokenizer = Tokenizer.load(config.tokenizer)
         begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
-        self.model = _new_model(config, self.tokenizer, None if begun else config.start)
+        self.base = _base(config)
+        if self.base is not None:
+            self.model = self.base.loaded.transfusion
+        else:
+            self.model = _new_model(config, self.tokenizer, None if begun else config.start)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
             "data": config.data,
@@ -97,6 +104,10 @@ class Trainer:
         return self.group.rank() == 0
 
     def _new_step(self) -> Step:
+        if self.base is not None:
+            from mlx_transfusion.finetune.step import AdapterStep
+
+            return AdapterStep(self.base, self.optimizer, self.config)
         if self.config.consistency is None:
             return Step(self.model, self.optimizer, self.config)
         teacher = self.teacher.transfusion if self.teacher else None
@@ -109,7 +120,7 @@ class Trainer:
             return False
         record = ckpt.read_record(found[-1])
         _check_same_run(record["config"], self.config, found[-1])
-        state = ckpt.load_checkpoint(found[-1], self.optimizer)
+        state = ckpt.load_checkpoint(found[-1], self.optimizer, self.step.read_averaged)
         self.model.update(state.ema)  # with a painter this is more than what is trained
         trained = self.step.model_weights(state.weights)
         self.state = dataclasses.replace(state, ema={name: state.ema[name] for name in trained})
@@ -295,6 +306,7 @@ class Trainer:
                 record,
                 self.config.keep,
                 extra=_objective(self.config, self.teacher),
+                save=self.step.save,
             )
         if self.group.size() > 1:
             mx.eval(mx.distributed.all_sum(mx.zeros((1,))))  # nobody runs ahead of the file
@@ -314,6 +326,15 @@ def train(config: TrainConfig, resume: bool = True) -> Path:
             f"{trainer.output}: holds checkpoints already; resume them (--resume) or choose another output"
         )
     return trainer.run()
+
+
+def _base(config: TrainConfig) -> Base | None:
+    """The model that an adapter is trained on, with the adapter's layers in it."""
+    if config.adapter is None:
+        return None
+    from mlx_transfusion.finetune.base import load_base  # late: fine-tuning stands above training
+
+    return load_base(config)
 
 
 def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion:

@@ -1,6 +1,6 @@
 """Make `data/` beside this file: the edits whose two pictures examples/emoji has, and one tar with those pictures.
 
-    python examples/edit_emoji/make_data.py
+    python examples/edit_emoji/prepare.py
 
 edits_train.jsonl and edits_val.jsonl hold rows {"source", "instruction", "target"} by file name. Twenty of the
 training rows name a source that is in neither tar of examples/emoji; they are left out.

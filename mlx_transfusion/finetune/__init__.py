@@ -1,0 +1,1 @@
+"""Fine-tuning on little data: adapters beside a frozen model, a user's own pictures, and the memory it takes."""
