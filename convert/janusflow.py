@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mlx_transfusion.models.convnext import WIDENING, ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlowConfig, LlamaConfig
+from mlx_transfusion.models.janusflow import JanusFlowConfig
+from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
 from .janusflow_config import read_config
@@ -53,7 +54,7 @@ def plan(source: Source) -> Plan:
 
 def precision(path: str) -> Precision:
     """Llama and SigLIP low; the picture encoder and decoder, which every number painted passes, high."""
-    if path.startswith(("language_model.layers.", "vision_und_enc_model.blocks.")):
+    if path.startswith(("language_model.model.layers.", "vision_und_enc_model.blocks.")):
         return LOW
     high = ("language_model.", "vision_gen_enc_model.mid_block.", "vision_gen_dec_model.mid_block.")
     return HIGH if path.startswith(high) else WHOLE
@@ -153,18 +154,18 @@ def text_entries(config: LlamaConfig) -> list[Entry]:
     """Hugging Face's Llama with a head of its own."""
     d, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
     table = [
-        Entry("model.embed_tokens.weight", "embed_tokens.weight", (config.vocab_size, d)),
+        Entry("model.embed_tokens.weight", "model.embed_tokens.weight", (config.vocab_size, d)),
         Entry("lm_head.weight", "lm_head.weight", (config.vocab_size, d)),
-        *norm("model.norm", "norm", d),
+        *norm("model.norm", "model.norm", d),
     ]
     for i in range(config.num_hidden_layers):
-        s, t = f"model.layers.{i}", f"layers.{i}"
+        block = f"model.layers.{i}"
         for name, out, inn in (("self_attn.q_proj", d, d), ("self_attn.k_proj", kv, d), ("self_attn.v_proj", kv, d),
                                ("self_attn.o_proj", d, d), ("mlp.gate_proj", f, d), ("mlp.up_proj", f, d),
                                ("mlp.down_proj", d, f)):  # fmt: skip
-            table += linear(f"{s}.{name}", f"{t}.{name}", out, inn, bias=False)
-        table += norm(f"{s}.input_layernorm", f"{t}.input_layernorm", d)
-        table += norm(f"{s}.post_attention_layernorm", f"{t}.post_attention_layernorm", d)
+            table += linear(f"{block}.{name}", f"{block}.{name}", out, inn, bias=False)
+        table += norm(f"{block}.input_layernorm", f"{block}.input_layernorm", d)
+        table += norm(f"{block}.post_attention_layernorm", f"{block}.post_attention_layernorm", d)
     return table
 
 

@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_transfusion.models.convnext import ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig, LlamaConfig
+from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
+from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
 try:

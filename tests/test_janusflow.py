@@ -141,7 +141,7 @@ def test_what_the_language_model_reads_of_a_noisy_picture_is_the_official() -> N
     close(grid, channels_last(golden()["gen.t250.enc_out"]))
     close(vectors[:, 0], "gen.t250.t_emb")
     close(vectors[:, 1:], "gen.t250.z_tokens")
-    embedded = model().language_model.embed_tokens(mx.array([prompt()] * 2))
+    embedded = model().language_model.model.embed_tokens(mx.array([prompt()] * 2))
     close(mx.concatenate([embedded, vectors[:2]], 1), golden()["gen.t250.llm_in"][:2])
 
 
@@ -215,8 +215,8 @@ def test_velocity_and_flow_are_two_views_of_one_prediction(angle: float) -> None
 def test_velocity_behind_a_cache_is_that_of_one_long_row() -> None:
     z, t = noise()[:1], mx.array([0.25])
     vectors, grid, time = model().noisy_vectors(z, t)
-    row = mx.concatenate([model().language_model.embed_tokens(mx.array([prompt()])), vectors], 1)
-    hidden, _ = model().language_model(row)
+    row = mx.concatenate([model().language_model.model.embed_tokens(mx.array([prompt()])), vectors], 1)
+    hidden, _ = model().language_model.model.run(row)
     close(model().flow_from_hidden(hidden[:, -grid.shape[1] * grid.shape[2] :], grid, time),
           model().flow(z, t, prompt_and_guide().select([0])), 1e-5)  # fmt: skip
 

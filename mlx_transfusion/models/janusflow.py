@@ -29,64 +29,12 @@ from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.convnext import ConvNextConfig, PictureDecoder, PictureEncoder
 from mlx_transfusion.models.family import Family, PictureFamily
-from mlx_transfusion.models.layers import Block, KeysValues, Mask
+from mlx_transfusion.models.llama import Llama, LlamaConfig, text_mask
 from mlx_transfusion.models.patches import patchify, unpatchify
 from mlx_transfusion.models.siglip import Siglip, SiglipConfig
 
 TIME_SCALE = 1000.0
 """What the network is told at the end of the flow (data); 0 is noise."""
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of the language model, under Hugging Face's names."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    num_key_value_heads: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-    hidden_act: str = "silu"
-    qk_norm: bool = False
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-
-class LanguageModel(nn.Module):
-    """Llama, from token vectors to final hidden states."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]  # type: ignore[arg-type]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def __call__(
-        self,
-        x: mx.array,
-        mask: Mask = "causal",
-        offset: int | mx.array = 0,
-        past: Sequence[KeysValues | None] | None = None,
-    ) -> tuple[mx.array, list[KeysValues]]:
-        """Token vectors [B, T, D] behind `past` -> final hidden states, and new keys and values."""
-        added = []
-        for layer, before in zip(self.layers, past or [None] * len(self.layers), strict=True):
-            x, new = layer(x, mask, offset, before)
-            added.append(new)
-        return self.norm(x), added
 
 
 @dataclass(frozen=True)
@@ -156,7 +104,7 @@ class JanusFlow(PictureFamily):
         self.beg_of_und_embed = mx.zeros((1, width))
         self.vision_gen_enc_model = PictureEncoder(painting, width)
         self.vision_gen_enc_aligner = nn.Linear(painting.channels, width)
-        self.language_model = LanguageModel(config.text)
+        self.language_model = Llama(config.text)
         self.vision_gen_dec_aligner_norm = nn.RMSNorm(width, eps=config.text.rms_norm_eps)
         self.vision_gen_dec_aligner = nn.Linear(width, painting.channels)
         self.vision_gen_dec_model = PictureDecoder(painting, width)
@@ -221,10 +169,7 @@ class JanusFlow(PictureFamily):
 
     def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
         """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
-        ids, lengths = np.asarray(ids), np.asarray(lengths)
-        new = np.arange(ids.shape[1]) < lengths[:, None]
-        hidden = self._read(self.language_model.embed_tokens(mx.array(ids)), new, cache, store=True)
-        return self.language_model.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
+        return self.language_model.extend_text(ids, lengths, cache)
 
     def prompt_text(self, prompt: str) -> str:
         """The prompt as the user's turn of a chat."""
@@ -263,12 +208,12 @@ class JanusFlow(PictureFamily):
     def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
         """Read begin, features and end of a picture [B, S, S, 3] in [0, 1]; returns the logits [B, V] after it."""
         vectors = self.picture_vectors((pixels * 2 - 1).astype(self._dtype))
-        end = self.language_model.embed_tokens(
+        end = self.language_model.model.embed_tokens(
             mx.full((pixels.shape[0], 1), self.config.eoi_token_id, mx.int32)
         )
         vectors = mx.concatenate([vectors, end], 1)
         hidden = self._read(vectors, np.ones(vectors.shape[:2], bool), cache, store=True)
-        return self.language_model.lm_head(hidden[:, -1])
+        return self.language_model.logits(hidden[:, -1])
 
     def describe_prompt(self) -> tuple[list[int], list[int]]:
         """System message and user's turn; the question and the assistant's turn."""
@@ -276,7 +221,8 @@ class JanusFlow(PictureFamily):
 
     def _read(self, x: mx.array, new: np.ndarray, cache: KVCache, store: bool) -> mx.array:
         """Final hidden states [B, T, D] of vectors [B, T, D] behind the cache; `new` says which are real."""
-        hidden, added = self.language_model(x, causal_mask(cache, new), cache.offset(), cache.layers)
+        decoder, mask = self.language_model.model, text_mask(cache, new)
+        hidden, added = decoder.run(x, mask, cache.offset(), cache.layers)
         if store:
             cache.append(added, new)
         return hidden
@@ -284,18 +230,6 @@ class JanusFlow(PictureFamily):
     @property
     def _dtype(self) -> mx.Dtype:
         return self.vision_gen_dec_aligner_norm.weight.dtype
-
-
-def causal_mask(cache: KVCache, new: np.ndarray) -> Mask:
-    """What new tokens [B, T] see: all valid columns of the cache, and each other backwards."""
-    t, s = new.shape[1], cache.valid.shape[1]
-    if new.all() and cache.valid.all():
-        return None if t == 1 else "causal"
-    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
-    mask = causal & cache.visible(new)[:, None]
-    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
-    mask |= np.eye(t, s + t, s, dtype=bool)
-    return mx.array(mask[:, None])
 
 
 FAMILY = Family(JanusFlowConfig, JanusFlow)
