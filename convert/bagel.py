@@ -1,0 +1,216 @@
+"""BAGEL (ByteDance-Seed/BAGEL-7B-MoT): the language model with both experts, its vision transformer, and the FLUX
+autoencoder beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion.config import from_dict
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json
+from mlx_transfusion.models.bagel_config import BagelConfig
+from mlx_transfusion.models.bagel_layers import BagelTextConfig
+from mlx_transfusion.models.vision_layers import VisionConfig
+from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, Tokenizer
+
+from .sources import Source
+from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, linear, norm
+
+EXPERTS = {"understand": "", "generate": "_moe_gen"}
+"""Our two experts of a layer -> the suffix of their official names."""
+VIT = "vit_model.vision_model"
+WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
+INFERENCE: dict[str, dict[str, Any]] = {
+    "bagel": {"vit_max_num_patch_per_side": 70, "latent_patch_size": 2, "max_latent_size": 64},
+    "ae": {
+        "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16, "downsample": 8,
+        "scale_factor": 0.3611, "shift_factor": 0.1159,
+    },
+}  # fmt: skip
+"""What the official inference script sets in code. A file inference_config.json of the same form overrules it."""
+TOKENS = {
+    "bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>",
+    "start_of_image": "<|vision_start|>", "end_of_image": "<|vision_end|>",
+}  # fmt: skip
+"""The structural tokens by the names of that file's ids, and what they are in the public tokenizer."""
+QUESTION = "Describe this image in detail."
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
+)
+"""A message is a block of text without a word about who speaks; the tokenizer's own template is Qwen's."""
+LICENCE = Card("ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0", url="https://github.com/ByteDance-Seed/Bagel")
+
+
+def detect(source: Source) -> bool:
+    """By the two files of sizes, or by the generation expert's names."""
+    if source.has("llm_config.json") and source.has("vit_config.json"):
+        return True
+    return "language_model.model.norm_moe_gen.weight" in source.names()
+
+
+def plan(source: Source) -> Plan:
+    """The conversion of an official folder. Raises UserError for missing files and keys, and for unknown options."""
+    config = read_config(source)
+    files = source.tokenizer_files()
+    if HUGGINGFACE_FILE in files:
+        files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    return Plan(
+        family="bagel",
+        config=config.to_dict(),
+        parts={"": source.open(WEIGHTS if source.has(WEIGHTS) else "")},
+        entries=tuple(entries(config)),
+        files=files,
+        card=LICENCE,
+        precision=precision,
+    )
+
+
+def precision(path: str) -> Precision:
+    """Both experts and the vision transformer low; time, latents, connector and autoencoder whole."""
+    if path in ("embed_tokens", "lm_head"):
+        return HIGH
+    return LOW if path.startswith(("decoder.layers.", "vision.layers.")) else WHOLE
+
+
+def read_config(source: Source) -> BagelConfig:
+    """Our config of an official folder. Raises UserError for missing keys and for options that BAGEL does not use."""
+    given = source.json("inference_config.json")
+    bagel = INFERENCE["bagel"] | given.get("bagel", {})
+    ae = INFERENCE["ae"] | given.get("ae", {})
+    vision, patch = _vision(source)
+    side, latents = bagel["vit_max_num_patch_per_side"], bagel["max_latent_size"]
+    largest = latents * bagel["latent_patch_size"] * ae["downsample"]
+    ids, after = _tokens(source, given.get("new_token_ids"))
+    return BagelConfig(
+        text=_text(source),
+        vision=vision,
+        vision_patch_size=patch,
+        vision_table_side=side,
+        latent_table_side=latents,
+        bos_token_id=ids["bos_token_id"],
+        eos_token_id=ids["eos_token_id"],
+        boi_token_id=ids["start_of_image"],
+        eoi_token_id=ids["end_of_image"],
+        image_height=largest,
+        image_width=largest,
+        input_height=side * patch,
+        input_width=side * patch,
+        latent_patch_size=bagel["latent_patch_size"],
+        latent_channels=ae["z_channels"],
+        downsample=ae["downsample"],
+        describe_after=after,
+    )
+
+
+def _text(source: Source) -> BagelTextConfig:
+    """Qwen2's sizes. The official code adds norms of queries and keys, and an output matrix of its own."""
+    data, file = source.json("llm_config.json"), source.folder / "llm_config.json"
+    if data.get("rope_scaling"):
+        raise UserError(f"{file}: rope_scaling is {data['rope_scaling']}, and BAGEL has none")
+    return _table(BagelTextConfig, data, file)
+
+
+def _vision(source: Source) -> tuple[VisionConfig, int]:
+    """SigLIP's sizes and the side of its patches. The official code leaves the last layer out."""
+    data, file = source.json("vit_config.json"), source.folder / "vit_config.json"
+    if data.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise UserError(f'{file}: hidden_act is "{data["hidden_act"]}", expected gelu_pytorch_tanh')
+    config = _table(VisionConfig, data | {"num_hidden_layers": data.get("num_hidden_layers", 0) - 1}, file)
+    patch = data.get("patch_size")
+    if not isinstance(patch, int) or patch <= 0:
+        raise UserError(f"{file}: patch_size is {patch!r}, expected a positive whole number")
+    return config, patch
+
+
+def _table(kind: Any, data: Mapping[str, Any], file: Path) -> Any:
+    """The fields of `kind` that a foreign config has. Raises UserError for missing ones and wrong types."""
+    return from_dict(kind, {k: v for k, v in data.items() if k in kind.__dataclass_fields__}, str(file))
+
+
+def _tokens(source: Source, ids: Mapping[str, int] | None) -> tuple[Mapping[str, int], tuple[int, ...]]:
+    """Ids of the structural tokens, and those behind a picture to describe (none without a tokenizer)."""
+    file = source.tokenizer_files().get(HUGGINGFACE_FILE)
+    if not isinstance(file, Path):
+        if ids is None:
+            raise UserError(f"{source.folder}: holds no {HUGGINGFACE_FILE}: name one with --tokenizer")
+        return ids, ()
+    if ids is None:
+        known = {t["content"]: t["id"] for t in read_json(file).get("added_tokens", [])}
+        if missing := [name for name in TOKENS.values() if name not in known]:
+            raise UserError(f"{file}: has no token {missing[0]}: use the tokenizer of the checkpoint")
+        ids = {key: known[name] for key, name in TOKENS.items()}
+    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
+    return ids, (bos, *Tokenizer.load(file).encode(QUESTION), eos, bos)
+
+
+def entries(config: BagelConfig) -> list[Entry]:
+    """Every tensor of ema.safetensors of this config."""
+    d, p = config.text.hidden_size, config.latent_channels * config.latent_patch_size**2
+    words = (config.vocab_size, d)
+    return [
+        Entry("language_model.model.embed_tokens.weight", "embed_tokens.weight", words),
+        Entry("language_model.lm_head.weight", "lm_head.weight", words),
+        *norm("language_model.model.norm", "decoder.norm", d),
+        *norm("language_model.model.norm_moe_gen", "decoder.norm_generate", d),
+        *(e for i in range(config.text.num_hidden_layers) for e in decoder_entries(config, i)),
+        *vision_entries(config),
+        *linear("connector.fc1", "connector.fc1", d, config.vision.hidden_size),
+        *linear("connector.fc2", "connector.fc2", d, d),
+        Entry("vit_pos_embed.pos_embed", "vision_positions", (config.vision_table_side**2, d)),
+        *linear("time_embedder.mlp.0", "time_embedder.fc1", d, 256),
+        *linear("time_embedder.mlp.2", "time_embedder.fc2", d, d),
+        *linear("vae2llm", "vae2llm", d, p),
+        Entry("latent_pos_embed.pos_embed", "latent_positions", (config.latent_table_side**2, d)),
+        *linear("llm2vae", "llm2vae", p, d),
+    ]
+
+
+def decoder_entries(config: BagelConfig, i: int) -> list[Entry]:
+    """One layer of the decoder, both experts."""
+    text = config.text
+    d, f, e = text.hidden_size, text.intermediate_size, text.head_dim
+    kv = text.num_key_value_heads * e
+    table: list[Entry] = []
+    for expert, suffix in EXPERTS.items():
+        source, target = f"language_model.model.layers.{i}", f"decoder.layers.{i}.{expert}"
+        for name, out in (("q_proj", d), ("k_proj", kv), ("v_proj", kv), ("o_proj", d)):
+            attention = f"{source}.self_attn.{name}{suffix}"
+            table += linear(attention, f"{target}.{name}", out, d, bias=name != "o_proj")
+        for name in ("q_norm", "k_norm"):
+            table += norm(f"{source}.self_attn.{name}{suffix}", f"{target}.{name}", e)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            table += norm(f"{source}.{name}{suffix}", f"{target}.{name}", d)
+        for name, out, width in (("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)):
+            table += linear(f"{source}.mlp{suffix}.{name}", f"{target}.mlp.{name}", out, width, bias=False)
+    return table
+
+
+def vision_entries(config: BagelConfig) -> list[Entry]:
+    """The vision transformer, whose patch embedding is a matrix in the official checkpoint too."""
+    d = config.vision.hidden_size
+    positions = (config.vision_table_side**2, d)
+    return [
+        *linear(f"{VIT}.embeddings.patch_embedding", "vision.patch_embedding", d, 3 * config.vision_patch_size**2),
+        Entry(f"{VIT}.embeddings.position_embedding.weight", "vision.position_embedding.weight", positions),
+        *(e.under(f"{VIT}.encoder.", "vision.") for e in siglip_layers(config.vision)),
+        *norm(f"{VIT}.post_layernorm", "vision.post_layernorm", d, bias=True),
+    ]  # fmt: skip
+
+
+def siglip_layers(config: VisionConfig) -> list[Entry]:
+    """The layers of SigLIP by Hugging Face's names, which are ours too."""
+    d, f = config.hidden_size, config.intermediate_size
+    table: list[Entry] = []
+    for i in range(config.num_hidden_layers):
+        for name in ("layer_norm1", "layer_norm2"):
+            table += norm(f"layers.{i}.{name}", f"layers.{i}.{name}", d, bias=True)
+        sizes = {f"self_attn.{n}_proj": (d, d) for n in ("q", "k", "v", "out")}
+        for name, (out, width) in (sizes | {"mlp.fc1": (f, d), "mlp.fc2": (d, f)}).items():
+            table += linear(f"layers.{i}.{name}", f"layers.{i}.{name}", out, width)
+    return table
+
+
+CONVERTER = Converter("bagel", "BAGEL-7B-MoT (ByteDance-Seed/BAGEL-7B-MoT)", detect, plan)

@@ -1,0 +1,239 @@
+"""BAGEL (arXiv 2505.14683): one attention over text, semantic features and latents; two experts a layer.
+
+A sequence is a row of blocks. Text is BOS, tokens, EOS, causal, one position each. A picture is begin, tokens, end,
+which all see each other and all that came before, and share ONE position: for understanding the features of a
+vision transformer, for what shall be edited the clean latents of the FLUX autoencoder (and the features behind
+them), and while it is being painted its noisy latents, which never enter the cache.
+
+The latents, scaled and shifted, have about unit standard deviation: they are `velocity`'s data as they are, cut
+into patches. Parameter names are the official ones, but for the experts (bagel_layers.py).
+Shapes: B rows, T positions, D width, N tokens of a picture of P numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_transfusion import trigflow
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.models.bagel_config import BagelConfig
+from mlx_transfusion.models.bagel_layers import BagelDecoder
+from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.family import Family, PictureFamily
+from mlx_transfusion.models.flow_time import FlowTimeEmbedding
+from mlx_transfusion.models.patches import patchify
+from mlx_transfusion.models.vision_layers import VisionLayer, gelu_tanh
+
+
+class BagelVision(nn.Module):
+    """SigLIP on pictures of any shape: positions come from a square table, by row and column."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        vision, patch = config.vision, config.vision_patch_size
+        self._patch_size = patch
+        self.patch_embedding = nn.Linear(3 * patch**2, vision.hidden_size)
+        self.position_embedding = nn.Embedding(config.vision_table_side**2, vision.hidden_size)
+        self.layers = [VisionLayer(vision) for _ in range(vision.num_hidden_layers)]
+        self.post_layernorm = nn.LayerNorm(vision.hidden_size, vision.layer_norm_eps)
+
+    def __call__(self, pixels: mx.array, places: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [-1, 1] whose patches stand at `places` [N] of the table -> features [B, N, C]."""
+        x = self.patch_embedding(patchify(pixels, self._patch_size)) + self.position_embedding(places)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class Connector(nn.Module):
+    """Features of the vision transformer in the decoder's width."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, N, C] -> [B, N, D]."""
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+class Bagel(PictureFamily):
+    """Reads and writes text, reads pictures, paints them from text and from other pictures."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self._config = config
+        width = config.text.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.decoder = BagelDecoder(config.text)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.vision = BagelVision(config)
+        self.connector = Connector(config.vision.hidden_size, width)
+        self.vision_positions = mx.zeros((config.vision_table_side**2, width))
+        self.time_embedder = FlowTimeEmbedding(width)
+        self.vae2llm = nn.Linear(self.latent_shape[1], width)
+        self.latent_positions = mx.zeros((config.latent_table_side**2, width))
+        self.llm2vae = nn.Linear(width, self.latent_shape[1])
+
+    @property
+    def config(self) -> BagelConfig:
+        """The configuration the model was built from."""
+        return self._config
+
+    # ---- plain passes on token vectors --------------------------------------------------------------------------
+
+    def feature_vectors(self, pixels: mx.array) -> mx.array:
+        """What the decoder reads of pictures [B, H, W, 3] in [-1, 1] for understanding: [B, N, D]."""
+        patch = self.config.vision_patch_size
+        rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
+        places = _places(rows, columns, self.config.vision_table_side)
+        features = self.vision(pixels.astype(self._dtype), places)
+        return self.connector(features) + self.vision_positions[places]
+
+    def latent_vectors(self, x: mx.array, t: mx.array, grid: tuple[int, int]) -> mx.array:
+        """What the decoder reads of latents [B, N, P] at the flow's times t [B] (0 data, 1 noise): [B, N, D].
+
+        grid: rows and columns of the picture, whose product is N.
+        """
+        places = _places(*grid, self.config.latent_table_side)
+        tokens = self.vae2llm(x.astype(self._dtype)) + self.time_embedder(t)[:, None]
+        return tokens + self.latent_positions[places]
+
+    def flow(self, x: mx.array, t: mx.array, cache: KVCache, grid: tuple[int, int] | None = None) -> mx.array:
+        """The network's own velocity, noise - data [B, N, P], of noisy latents [B, N, P] at times t [B].
+
+        It is seen behind the cache, which stays as it is. grid: rows and columns; None means the config's.
+        """
+        tokens = self.latent_vectors(x, t, grid or self.config.grid)
+        hidden = self._read_picture_block(tokens, cache, latents=True, store=False)
+        return self.llm2vae(hidden[:, 2:])
+
+    def read_latents(self, x0: mx.array, cache: KVCache, grid: tuple[int, int] | None = None) -> None:
+        """Read a clean picture's latents [B, N, P] as a block of their own: what editing begins with."""
+        tokens = self.latent_vectors(x0, mx.zeros(x0.shape[0]), grid or self.config.grid)
+        self._read_picture_block(tokens, cache, latents=True, store=True)
+
+    # ---- the interface of every family (family.py) --------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(patches of a picture, latent numbers in a patch)."""
+        rows, columns = self.config.grid
+        return rows * columns, self.config.latent_channels * self.config.latent_patch_size**2
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.config.image_height, self.config.image_width
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) that the vision transformer reads."""
+        return self.config.input_height, self.config.input_width
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` rows; its arrays have no columns, so it can be stacked on others."""
+        text = self.config.text
+        cache = KVCache(text.num_hidden_layers, batch)
+        nothing = mx.zeros((batch, text.num_key_value_heads, 0, text.head_dim), self._dtype)
+        cache.layers = [(nothing, nothing)] * text.num_hidden_layers
+        return cache
+
+    def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+        """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
+        ids, lengths = np.asarray(ids), np.asarray(lengths)
+        t = ids.shape[1]
+        new = np.arange(t) < lengths[:, None]
+        positions = cache.positions[:, None] + np.arange(t)
+        hidden, added = self.decoder(
+            self.embed_tokens(mx.array(ids)), t, mx.array(positions), _causal_mask(cache, new), cache.layers
+        )
+        cache.append(added, new)
+        return self.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
+
+    def image_prefix(self, ids: Sequence[int]) -> list[int]:
+        """The prompt as one block of text: BOS, tokens, EOS. The picture's own block begins with its begin token."""
+        return [self.config.bos_token_id, *ids, self.config.eos_token_id]
+
+    def guide(self, prefixes: Sequence[Sequence[int]], negative: Sequence[int] | None = None) -> KVCache:
+        """Nothing at all, so that the picture begins at position 0; or the block of a negative prompt."""
+        return self.new_cache(1) if negative is None else super().guide(prefixes, negative)
+
+    def velocity(
+        self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
+    ) -> mx.array:
+        """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
+        per_image = angle[:, None, None]
+        t = trigflow.flow_time_from_angle(per_image)
+        state = x / (mx.sin(per_image) + mx.cos(per_image))
+        u = self.flow(state, t[:, 0, 0], cache)
+        return trigflow.flow_to_trigflow(state, u, t)[1]
+
+    def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
+        """Read a user's picture [B, H, W, 3] in [0, 1] for understanding; returns the logits [B, V] after it.
+
+        H and W may be other multiples of the patch than `input_size`. Raises UserError for other sizes.
+        """
+        patch, side = self.config.vision_patch_size, self.config.vision_table_side
+        if any(size % patch or not 0 < size <= patch * side for size in pixels.shape[1:3]):
+            raise UserError(
+                f"a picture of {pixels.shape[2]}x{pixels.shape[1]} pixels cannot be read: its sides must be "
+                f"multiples of {patch} up to {patch * side}"
+            )
+        tokens = self.feature_vectors(pixels * 2 - 1)
+        hidden = self._read_picture_block(tokens, cache, latents=False, store=True)
+        return self.lm_head(hidden[:, -1])
+
+    def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """Nothing before the picture; the question's block and the answer's BOS behind it."""
+        return [], list(self.config.describe_after)
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _read_picture_block(self, tokens: mx.array, cache: KVCache, latents: bool, store: bool) -> mx.array:
+        """Hidden states of a picture's block behind the cache, and into it if `store`.
+
+        The block is begin, tokens [B, N, D], end; with `latents` it is held as begin, end, tokens, because the
+        first two are no latents (bagel_layers.py). All tokens have the cache's next position and see each other.
+        """
+        b, n, _ = tokens.shape
+        ends = self.embed_tokens(mx.array([[self.config.boi_token_id, self.config.eoi_token_id]] * b))
+        parts = [ends, tokens] if latents else [ends[:, :1], tokens, ends[:, 1:]]
+        x = mx.concatenate(parts, 1)
+        new = np.ones((b, n + 2), bool)
+        positions = mx.array(np.repeat(cache.positions[:, None], n + 2, 1))
+        visible = cache.visible(new)
+        mask = None if visible.all() else mx.array(visible[:, None, None])
+        hidden, added = self.decoder(x, 2 if latents else n + 2, positions, mask, cache.layers)
+        if store:
+            cache.append(added, new, advance=np.ones(b, int))
+        return hidden
+
+    @property
+    def _dtype(self) -> mx.Dtype:
+        return self.decoder.norm.weight.dtype
+
+
+def _places(rows: int, columns: int, side: int) -> mx.array:
+    """Where the patches of a picture stand in a square table of positions: int [rows * columns]."""
+    return mx.array((np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1))
+
+
+def _causal_mask(cache: KVCache, new: np.ndarray) -> mx.array | str | None:
+    """Each new token sees all of the cache and the new ones up to itself; the cheap forms where they serve."""
+    t, s = new.shape[1], cache.valid.shape[1]
+    if new.all() and cache.valid.all():
+        return None if t == 1 else "causal"
+    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
+    mask = causal & cache.visible(new)[:, None]
+    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
+    mask |= np.eye(t, s + t, s, dtype=bool)
+    return mx.array(mask[:, None])
+
+
+FAMILY = Family(BagelConfig, Bagel)
