@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -21,20 +22,34 @@ BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens for structure, never for text. boi, eoi: begin, end of image (Transfusion, 3.1)."""
+    """Ids of the tokens for structure, never for text; None where a vocabulary has no such token.
 
-    pad: int = 0
-    bos: int = 1
-    eos: int = 2
-    unk: int = 3
-    boi: int = 4
-    eoi: int = 5
+    boi, eoi: begin, end of image (Transfusion, 3.1). pad, bos and eos may be one token.
+    """
+
+    pad: int | None = 0
+    bos: int | None = 1
+    eos: int | None = 2
+    unk: int | None = 3
+    boi: int | None = 4
+    eoi: int | None = 5
+
+    def check(self, vocab_size: int, where: str) -> None:
+        """Raises UserError for an id outside the vocabulary, and for tokens of pictures that are not their own."""
+        given = [i for i in astuple(self) if i is not None]
+        if bad := [i for i in given if not 0 <= i < vocab_size]:
+            raise UserError(f"{where}: special token id {bad[0]} is outside the vocabulary of {vocab_size}")
+        for name, i in (("boi", self.boi), ("eoi", self.eoi)):
+            if i is not None and given.count(i) > 1:
+                raise UserError(f"{where}: {name} must be an id of its own, and {i} is another special too")
 
 
 class _Backend(Protocol):
     def encode(self, text: str) -> list[int]: ...
+    def encode_template(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def size(self) -> int: ...
+    def control(self) -> dict[str, int]: ...
 
 
 class _SentencePiece:
@@ -47,11 +62,22 @@ class _SentencePiece:
     def encode(self, text: str) -> list[int]:
         return list(self.processor.encode(text))
 
+    def encode_template(self, text: str) -> list[int]:
+        control = self.control()
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, control)) + ")", text):
+            ids += [control[part]] if part in control else self.encode(part)
+        return ids
+
     def decode(self, ids: list[int]) -> str:
         return str(self.processor.decode(ids))
 
     def size(self) -> int:
         return int(self.processor.get_piece_size())
+
+    def control(self) -> dict[str, int]:
+        sp = self.processor
+        return {sp.id_to_piece(i): i for i in range(sp.get_piece_size()) if sp.is_control(i)}
 
     def special(self) -> SpecialIds:
         sp = self.processor
@@ -77,11 +103,22 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_template(self, text: str) -> list[int]:
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def size(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def control(self) -> dict[str, int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
 
 
 class Tokenizer:
@@ -93,12 +130,8 @@ class Tokenizer:
         self._file_name = file_name
         self.special = special
         self.vocab_size = backend.size()
-        self._structural = frozenset(astuple(special))
-        bad = sorted(i for i in self._structural if not 0 <= i < self.vocab_size)
-        if bad or len(self._structural) != 6:
-            raise UserError(
-                f"{file_name}: {special} must be six different ids from 0 to {self.vocab_size - 1}"
-            )
+        special.check(self.vocab_size, file_name)
+        self._structural = frozenset(i for i in astuple(special) if i is not None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], special: SpecialIds | None = None) -> Tokenizer:
@@ -132,6 +165,15 @@ class Tokenizer:
         ids = self._backend.encode(text.encode("utf-8", "replace").decode("utf-8"))
         control = self._structural - {self.special.unk}
         return [i for i in ids if i not in control]
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """How the vocabulary's special tokens are written -> their ids: what a chat template is made of."""
+        return {text: i for text, i in self._backend.control().items() if text}
+
+    def encode_template(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are written out, as a chat template gives it."""
+        return self._backend.encode_template(text.encode("utf-8", "replace").decode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special ids skipped. Bytes that are no UTF-8 become U+FFFD.

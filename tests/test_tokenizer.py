@@ -144,10 +144,24 @@ def test_tokenizer_json_needs_its_special_ids(tmp_path: Path) -> None:
     hugging_face(tmp_path)
     with pytest.raises(UserError, match="special token ids"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(UserError, match="six different ids"):
+    with pytest.raises(UserError, match="boi must be an id of its own, and 2 is another special too"):
         Tokenizer.load(tmp_path, SpecialIds(boi=2))
-    with pytest.raises(UserError, match="six different ids"):
+    with pytest.raises(UserError, match=f"id {VOCAB} is outside the vocabulary of {VOCAB}"):
         Tokenizer.load(tmp_path, SpecialIds(boi=VOCAB))
+
+
+def test_a_text_vocabulary_may_lack_structural_tokens(tmp_path: Path) -> None:
+    hugging_face(tmp_path)
+    loaded = Tokenizer.load(tmp_path, SpecialIds(pad=2, bos=None, eos=2, unk=None, boi=None, eoi=None))
+    assert loaded.decode([2, *loaded.encode("red heart"), 2]) == "red heart"
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_a_template_may_write_out_specials(kind: str, model: Path, tmp_path: Path) -> None:
+    loaded = Tokenizer.load(model if kind == "model" else hugging_face(tmp_path), SpecialIds())
+    words = loaded.encode("red heart")
+    assert loaded.encode_template("<s><boi>red heart<eoi></s>") == [1, 4, *words, 5, 2]
+    assert loaded.encode_template("red heart") == words
 
 
 def test_a_foreign_sentencepiece_model_needs_special_ids_too(tmp_path: Path) -> None:
