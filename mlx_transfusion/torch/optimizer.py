@@ -1,0 +1,75 @@
+"""AdamW, clipping and the moving average of the weights, on shards: the numbers of `training/optimizer.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.training.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW with its state in place from the start, fused on CUDA. Raises UserError for another optimiser."""
+    if config.name != "adamw":
+        raise UserError(
+            f'optimizer.name is "{config.name}": the PyTorch path has "adamw" alone; '
+            "use --set optimizer.name=adamw"
+        )
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=parameters[0].device.type == "cuda",
+    )
+    for p in parameters:
+        # There from the beginning, so that a checkpoint can be read into it before the first step.
+        device = p.device if p.device.type == "cuda" else None
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Set how many updates were made: what AdamW's bias correction counts."""
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale all gradients so that their global norm is at most `limit` (0: leave them); returns the norm before."""
+    parameters = list(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+class Average:
+    """Exponential moving average of a model's parameters, sharded as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def update(self, model: nn.Module, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * weights."""
+        ours = [local(value) for value in self.values.values()]
+        torch._foreach_lerp_(ours, [local(p.detach()) for p in model.parameters()], 1 - decay)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Decay at `step`: it starts low, so that the random first weights are forgotten (`training/optimizer.py`)."""
+    return min(decay, (1 + step) / (10 + step))

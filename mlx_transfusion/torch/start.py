@@ -1,0 +1,95 @@
+"""What a run begins with: its model's shape and weights, and the record that tells one run from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from mlx_transfusion.config import ModelConfig, from_dict
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_path import resolve
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.torch import folder
+from mlx_transfusion.torch.initial import initialise
+from mlx_transfusion.torch.model import Transfusion
+from mlx_transfusion.torch.parallel import World, build_sharded
+from mlx_transfusion.training.config import TrainConfig, model_config
+
+MODEL = "model_config"
+"""Where the record of a checkpoint keeps the model's own fields beside those of the training config."""
+
+_MAY_CHANGE = re.compile(
+    r"output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|accumulate|compile"
+    r"|gradient_checkpointing|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*"
+    r"|data\.train\.\d+\.(rows|images)"
+)
+"""Keys that may differ on resume without changing what is learned: the rule of `training/trainer.py`."""
+
+
+def new_model(
+    config: TrainConfig, tokenizer: Tokenizer, mesh: DeviceMesh, world: World, reshard: bool
+) -> Transfusion:
+    """A sharded model with first weights from the seed, or with those of `init` or of the teacher.
+
+    Raises UserError when the model to start from has another shape, or is of another kind.
+    """
+    shape = model_shape(config, tokenizer)
+    model = build_sharded(shape, mesh, config.dtype, world.device, reshard)
+    initialise(model, shape, config.seed)
+    if config.start is not None:
+        path = resolve(config.start)
+        free = {"prediction", "guidance_condition"} if config.consistency is not None else set()
+        theirs = folder.read_config(path)[0]
+        differs = [k for k, v in shape.to_dict().items() if theirs.to_dict()[k] != v and k not in free]
+        if differs:
+            raise UserError(
+                f"init {config.start}: its {differs[0]} is {getattr(theirs, differs[0])}, [model] of this run says "
+                f"{getattr(shape, differs[0])}"
+            )
+        folder.fill(model, path)
+    return model
+
+
+def model_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's config: of [model] and the tokenizer, or of the model that training starts from."""
+    special = {
+        f"{name}_token_id": getattr(tokenizer.special, name)
+        for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
+    }
+    if config.model is not None:
+        return model_config(config, tokenizer.vocab_size, special)
+    assert config.start is not None  # checked by TrainConfig
+    shape = folder.read_config(resolve(config.start))[0]
+    return shape if config.consistency is None else dataclasses.replace(shape, prediction="velocity")
+
+
+def run_config(config: TrainConfig, shape: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint records of its run."""
+    return {"training": config.to_dict(), MODEL: shape.to_dict()}
+
+
+def check_same_run(recorded: dict[str, Any], wanted: TrainConfig, path: Path) -> None:
+    """Raises UserError that names the first key that makes it another run."""
+    then = from_dict(TrainConfig, recorded["training"], f"{path}: the training config in it")
+    old, new = flat(then.to_dict()), flat(wanted.to_dict())
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
+            raise UserError(
+                f"{path}: was trained with {key} = {old.get(key)}, the config says {new.get(key)}; "
+                "use the same config or another output folder"
+            )
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict of dotted keys."""
+    if not isinstance(data, (dict, list, tuple)):
+        return {prefix: data}
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    out: dict[str, Any] = {}
+    for key, value in items:
+        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out

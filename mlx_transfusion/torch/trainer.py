@@ -1,0 +1,318 @@
+"""The training loop of the PyTorch path: the TOML, documents, noise and schedule of the MLX side, on many GPUs.
+
+Every process draws the same documents of a step and takes its share, so there is no data position to save: batch and
+noise are functions of (seed, step), and a run resumes on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.torch import checkpoint as ckpt
+from mlx_transfusion.torch.optimizer import Average, clip, ema_decay, local, make_optimizer, set_updates
+from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, synchronise
+from mlx_transfusion.torch.start import check_same_run, new_model, run_config
+from mlx_transfusion.torch.step import Step
+from mlx_transfusion.training.config import TrainConfig
+from mlx_transfusion.training.data import DataSet
+from mlx_transfusion.training.interrupt import Interrupt
+from mlx_transfusion.training.metrics import MetricsLog
+from mlx_transfusion.training.progress import Progress as Bar
+from mlx_transfusion.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How a run uses its machines: nothing in here changes what is learned."""
+
+    attention: str = "auto"
+    """"dense", "flex", or "auto": flex on CUDA."""
+    compile: bool = False
+    """torch.compile of every decoder block."""
+    background_save: bool = False
+    replicas: int = 1
+    """Copies of the sharded model (hybrid sharding); gradients are averaged between them."""
+    reshard: bool = True
+    """Free a block's gathered weights behind its forward pass."""
+    recompute_every: int = 1
+    """With gradient_checkpointing: every n-th block is recomputed in the backward pass."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped because something is not finite."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One step's share of this process, cut into parts, with the totals of the whole step."""
+
+    parts: list[Any]
+    text_total: int
+    image_total: int
+    tokens: int
+
+
+class Trainer:
+    """Owns the state of one run; `run` trains it to the end."""
+
+    def __init__(self, config: TrainConfig, machines: Machines, world: World) -> None:
+        """Builds the sharded model, data and optimiser. Raises UserError for bad config or data."""
+        self.config, self.machines, self.world = config, machines, world
+        if config.batch_size < world.size * config.accumulate:
+            raise UserError(
+                f"batch_size {config.batch_size} is too small for {world.size} processes with "
+                f"{config.accumulate} parts each: every part needs a document"
+            )
+        self.output, self.folder = Path(config.output), Path(config.output) / "torch"
+        self.tokenizer = Tokenizer.load(config.tokenizer)
+        mesh = make_mesh(world, machines.replicas)
+        self.model = new_model(config, self.tokenizer, mesh, world, machines.reshard)
+        self.model.checkpointing = machines.recompute_every if config.gradient_checkpointing else 0
+        if machines.compile:
+            compile_blocks(self.model)
+        self.train_data = self._data_set(config.data.train, "train")
+        self.valid_data = self._data_set(config.data.valid, "valid") if config.data.valid else None
+        self.step = self._new_step(mesh)
+        self.trained = dict(self.model.named_parameters()) | self.step.extra_parameters()
+        self.optimizer = make_optimizer(config.optimizer, self.trained.values())
+        self.average = Average(self.model)
+        self.progress = ckpt.Progress()
+        self.saver = ckpt.Saver(
+            self.folder, config.keep, run_config(config, self.model.config), machines.background_save
+        )
+        self._bad_in_a_row = 0
+
+    def _data_set(self, sources: Any, stream: str) -> DataSet:
+        c = self.config
+        return DataSet(
+            sources, c.data, c.diffusion, self.model.config, self.tokenizer,
+            seed=c.seed, sequence_length=c.sequence_length, stream=stream,
+        )  # fmt: skip
+
+    def _new_step(self, mesh: Any) -> Step:
+        form, on_cuda = self.machines.attention, self.world.device.type == "cuda"
+        if form == "flex" and not on_cuda:
+            raise UserError("--attention flex trains on CUDA alone: use dense here")
+        flex = form == "flex" or (form == "auto" and on_cuda)
+        if self.config.consistency is None:
+            return Step(self.model, self.config, self.world, flex)
+        from mlx_transfusion.torch.consistency_step import ConsistencyStep
+
+        return ConsistencyStep(self.model, self.config, self.world, flex, mesh)
+
+    def resume(self) -> bool:
+        """Continue from the newest whole checkpoint, if there is one. Raises UserError for another run's."""
+        found = ckpt.newest_good(self.folder)
+        if found is None:
+            return False
+        path, record = found
+        check_same_run(record["config"], self.config, path)
+        ckpt.restore(path, ckpt.training_state(self.trained, self.optimizer, self.average))
+        self.progress = ckpt.Progress(record["step"], record["updates"], record["skipped"])
+        set_updates(self.optimizer, self.progress.updates)
+        if self.world.is_main:
+            print(f"resumed from {path} ({record['world']} processes wrote it)", file=sys.stderr)
+        return True
+
+    def run(self) -> Path:
+        """Train to `config.steps`; returns the last checkpoint.
+
+        SIGTERM and Ctrl-C end the step in hand and save; KeyboardInterrupt is raised then.
+        """
+        config, log = self.config, None
+        if self.world.is_main:
+            log = MetricsLog(self.output, self.progress.step)
+        try:
+            with Bar(config.steps, self.progress.step, self.world.is_main) as bar, Interrupt() as interrupt:
+                with _terminated(interrupt), ThreadPoolExecutor(1) as loader:
+                    self._loop(loader, interrupt, bar, log)
+                return self._save(wait=True)
+        finally:
+            if log is not None:
+                log.close()
+
+    def _loop(
+        self, loader: ThreadPoolExecutor, interrupt: Interrupt, bar: Bar, log: MetricsLog | None
+    ) -> None:
+        steps = self.config.steps
+        ahead: Future[Loaded] | None = None
+        while (n := self.progress.step) < steps:
+            loaded = ahead.result() if ahead else self._load(n)
+            ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
+            stop = self._train_step(loaded, interrupt, bar, log)
+            self._after_step(bar, log)
+            if stop:
+                self._save(wait=True)
+                raise KeyboardInterrupt
+
+    def _load(self, step: int) -> Loaded:
+        """Read this process's documents of a step (runs in a thread: numpy only)."""
+        c, world = self.config, self.world
+        documents = self.train_data.documents(step, c.batch_size, step / max(1, c.steps - 1))
+        totals = [self.step.count(self.train_data, d) for d in documents]
+        parts = [
+            self.step.load(
+                self.train_data, documents[world.rank + part * world.size :: world.size * c.accumulate]
+            )
+            for part in range(c.accumulate)
+        ]
+        return Loaded(
+            parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.tokens for b in parts)
+        )
+
+    def _train_step(self, loaded: Loaded, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> bool:
+        """One optimiser step. Returns whether any process was asked to stop."""
+        c, n, start = self.config, self.progress.step, time.perf_counter()
+        sums = self._gradients(loaded, n)
+        flags = [float(loaded.tokens), float(interrupt.requested), float(not self.saver.written)]
+        everything = torch.cat([sums.double(), sums.new_tensor(flags).double()])
+        dist.all_reduce(everything)
+        text, image, tokens, stop, writing = everything.tolist()
+        text, image = text / max(1, loaded.text_total), image / max(1, loaded.image_total)
+        if self.saver.pending and not writing:
+            self.saver.finish()
+        factor = learning_rate_factor(n, c.steps, c.optimizer)
+        norm = self._update(text, image, c.optimizer.learning_rate * factor)
+        self.progress.step += 1
+        values = {
+            "text_loss": text,
+            "image_loss": image,
+            "loss": text + c.image_loss_weight * image,
+            "gradient_norm": norm,
+            "learning_rate": c.optimizer.learning_rate * factor,
+            "tokens_per_second": tokens / (time.perf_counter() - start),
+            "peak_memory_gb": self.world.peak_memory() / 1e9,
+            "skipped_steps": self.progress.skipped,
+        }
+        bar.advance(n + 1, values)
+        if log is not None and (n + 1) % c.log_every == 0:
+            log.write(n + 1, values | self.step.signals())
+        return bool(stop)
+
+    def _gradients(self, loaded: Loaded, step: int) -> Tensor:
+        """Gradients of all parts, in the weights' `grad`; this process's summed losses [text, image]."""
+        sums = torch.zeros(2, device=self.world.device)
+        for i, part in enumerate(loaded.parts):
+            synchronise(self.model, last=i == len(loaded.parts) - 1)
+            sums += self.step.backward(part, loaded.text_total, loaded.image_total, step)
+        return sums
+
+    def _update(self, text: float, image: float, rate: float) -> float:
+        """Clip and step, unless something is not finite: then the step is skipped and counted."""
+        norm = clip(self.trained.values(), self.config.optimizer.clip)
+        if all(map(math.isfinite, (text, image, norm))):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.average.update(self.model, ema_decay(self.progress.step, self.config.ema))
+            self.progress.updates += 1
+            self._bad_in_a_row = 0
+        else:
+            self._skip(text, image, norm)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _skip(self, text: float, image: float, norm: float) -> None:
+        self.progress.skipped += 1
+        self._bad_in_a_row += 1
+        told = f"not finite (text loss {text}, image loss {image}, gradient norm {norm})"
+        if self._bad_in_a_row >= self.machines.max_skipped:
+            raise UserError(
+                f"step {self.progress.step + 1}: {told}, for {self._bad_in_a_row} steps in a row; training stopped, "
+                "the last checkpoint is good; start a new run from it (init) with a lower learning rate"
+            )
+        if self.world.is_main:
+            print(f"step {self.progress.step + 1}: {told}: skipped", file=sys.stderr)
+
+    def _after_step(self, bar: Bar, log: MetricsLog | None) -> None:
+        c, n = self.config, self.progress.step
+        if self.valid_data is not None and c.valid_every and n % c.valid_every == 0:
+            values = self._validate()
+            bar.note(f"step {n}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            if log is not None:
+                log.write(n, values)
+        if n % c.save_every == 0 and n < c.steps:
+            self._save()
+
+    def _validate(self) -> dict[str, float]:
+        """Losses of the averaged weights on fixed validation batches, per modality."""
+        assert self.valid_data is not None
+        c, data = self.config, self.valid_data
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        with self._averaged():
+            for i in range(c.valid_batches):
+                batch = data.batch(data.documents(i, c.batch_size)[self.world.rank :: self.world.size])
+                counts = sums.new_tensor([batch.text_targets, len(batch.angle)])
+                sums += torch.cat([self.step.evaluate(batch).double(), counts])
+        dist.all_reduce(sums)
+        text, image, tokens, pictures = sums.tolist()
+        return {"valid_text_loss": text / max(1, tokens), "valid_image_loss": image / max(1, pictures)}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.model.named_parameters():
+            ours, theirs = local(p), local(self.average.values[name])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+    def _save(self, wait: bool = False) -> Path:
+        tree = ckpt.training_state(self.trained, self.optimizer, self.average)
+        path = self.saver.save(tree, self.progress)
+        if wait:
+            self.saver.finish()
+        return path
+
+
+@contextmanager
+def _terminated(interrupt: Interrupt) -> Iterator[None]:
+    """SIGTERM, which Slurm and torchrun send before they kill, asks for a last checkpoint as Ctrl-C does."""
+
+    def note(number: int, frame: Any) -> None:
+        interrupt.requested = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not the main thread: nobody asks
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(config: TrainConfig, machines: Machines, world: World, resume: bool = True) -> Path:
+    """Train as `config` says and return the last checkpoint's folder.
+
+    resume=True continues the run in `config.output` when it has checkpoints; with False such a folder is refused.
+    Raises UserError for bad input, and when too many steps in a row are not finite.
+    """
+    trainer = Trainer(config, machines, world)
+    if not (resume and trainer.resume()) and ckpt.checkpoints(trainer.folder):
+        raise UserError(
+            f"{trainer.output}: holds checkpoints already; resume them (--resume) or choose another output"
+        )
+    return trainer.run()
