@@ -50,6 +50,7 @@ FAMILIES = {
     "llama": "llama",
     "monoformer": "monoformer",
     "transfusion": "transfusion",
+    "transfusion_pytorch": "lucidrains",
 }
 """`model_type` of config.json -> module of `mlx_transfusion.models`, imported when it is needed."""
 
