@@ -12,6 +12,11 @@ from .table import Converter
 FAMILIES: tuple[str, ...] = ("janusflow", "monoformer", "transfusion_pytorch", "state_dict")
 """Modules of this package that end with a `CONVERTER`, asked in this order: the most special first."""
 
+STRANGE = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError
+)  # fmt: skip
+"""What a family's reading of a foreign config runs into when values are missing or of another kind."""
+
 
 def converter(name: str) -> Converter:
     """The family of that name. Raises UserError for an unknown one."""
@@ -33,7 +38,7 @@ def find(source: Source) -> Converter:
     """
     given = source.json()
     for family in converters():
-        if family.detect(source):
+        if _is(family, source):
             return family
     source.open()  # a file that cannot be read is the better message
     said = given.get("model_type") or given.get("_class_name") or given.get("architectures")
@@ -42,3 +47,10 @@ def find(source: Source) -> Converter:
         f"{source.path}: no known family of checkpoints{f' (config.json says {said})' if said else ''}: "
         f"name one with --family. Known are {known}"
     )
+
+
+def _is(family: Converter, source: Source) -> bool:
+    try:
+        return family.detect(source)
+    except STRANGE:  # a config of another kind, or a damaged one
+        return False

@@ -23,7 +23,7 @@ from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Toke
 
 from .account import Account, Job, account
 from .card import model_card
-from .families import converter, find
+from .families import STRANGE, converter, find
 from .quantize import Options, quantized
 from .shards import ShardWriter, numbers
 from .sources import Source
@@ -38,7 +38,13 @@ Progress = Callable[[int, str], None]
 def plan_of(source: Source, options: Options, family: str | None = None) -> Account:
     """What a conversion would do, from headers alone. Raises UserError for a source that does not fit."""
     found = find(source) if family is None else converter(family)
-    done = account(found.plan(source), options)
+    try:
+        done = account(found.plan(source), options)
+    except STRANGE as error:
+        raise UserError(
+            f"{source.path}: not a checkpoint of the {found.name} family ({type(error).__name__}: {error}): "
+            "its config.json is damaged, or of a form that is not known"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         _write_files(done, Path(folder))
         _check_tokenizer(done, Path(folder))

@@ -125,6 +125,8 @@ def _tensors(header: dict[str, Any], size: int, file: Path) -> tuple[dict[str, T
     infos: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
+        if not name.isprintable():
+            raise _FaultyError(f"{name!a} is no name of a tensor")
         infos[name], spans[name] = _tensor(name, entry, file)
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
@@ -160,7 +162,7 @@ def _counts(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else str(value)
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

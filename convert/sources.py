@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 """Where several checkpoints lie in one folder, as in half precision beside full, one of these is meant."""
+MAX_LAYERS = 1000
+"""More than any model has."""
 
 
 class Checkpoint(Protocol):
@@ -64,7 +66,11 @@ class Source:
     def json(self, name: str = "config.json") -> dict[str, Any]:
         """An object of the folder; {} without such a file. Raises UserError for a broken one."""
         file = self.folder / name
-        return read_json(file) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        data = read_json(file)
+        _check_depth(data, file)
+        return data
 
     def has(self, name: str) -> bool:
         """Whether the folder holds that file (or folder)."""
@@ -93,6 +99,15 @@ class Source:
         if place.is_file():
             return {place.name: place}
         return {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
+
+
+def _check_depth(value: Any, file: Path) -> None:
+    """Raises UserError for a number of layers whose table of tensors would fill the memory."""
+    for key, part in value.items():
+        if isinstance(part, dict):
+            _check_depth(part, file)
+        elif ("layers" in key or "depth" in key) and isinstance(part, int | float) and part > MAX_LAYERS:
+            raise UserError(f"{file}: {key} is {part}, expected at most {MAX_LAYERS}: the config is damaged")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
