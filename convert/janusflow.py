@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json
+from mlx_transfusion.models.autoencoder import AutoencoderConfig
 from mlx_transfusion.models.convnext import WIDENING, ConvNextConfig
 from mlx_transfusion.models.janusflow import JanusFlowConfig
 from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
+from . import autoencoder
+from .hub import locate
 from .janusflow_config import read_config
-from .sources import Source
+from .sources import Checkpoint, Source
 from .table import (
     HIGH,
     LOW,
@@ -24,6 +31,8 @@ from .table import (
     unused,
 )
 
+CODER = "autoencoder."
+"""In front of the autoencoder's names, in the plan and in our model."""
 POOLING = "the pooling head of SigLIP, which the official model does not run either"
 
 
@@ -35,12 +44,14 @@ def detect(source: Source) -> bool:
 
 def plan(source: Source) -> Plan:
     """The conversion of an official folder. Raises UserError for missing parts and for sizes that do not agree."""
-    config = read_config(source)
+    coder, checkpoint = open_autoencoder(source)
+    config = dataclasses.replace(read_config(source), autoencoder=coder)
+    latents = [e.under(CODER, CODER) for e in autoencoder.read_checkpoint(checkpoint, coder)]
     return Plan(
         family="janusflow",
         config=config.to_dict(),
-        parts={"": source.open()},
-        entries=tuple(entries(config)),
+        parts={"": source.open(), CODER: checkpoint},
+        entries=(*entries(config), *latents),
         files=source.tokenizer_files(),
         card=Card(
             "deepseek-ai/JanusFlow-1.3B",
@@ -52,6 +63,18 @@ def plan(source: Source) -> Plan:
     )
 
 
+def open_autoencoder(source: Source) -> tuple[AutoencoderConfig, Checkpoint]:
+    """The autoencoder of --autoencoder, or of the folder "vae" in SOURCE. Raises UserError where there is none."""
+    if source.autoencoder is None and not source.has("vae"):
+        raise UserError(
+            "JanusFlow paints with an autoencoder that its folder does not hold: name it with --autoencoder "
+            "(stabilityai/sdxl-vae, a hub id or a folder)"
+        )
+    place = source.folder / "vae" if source.autoencoder is None else locate(str(source.autoencoder))
+    file = (place if place.is_dir() else place.parent) / "config.json"
+    return AutoencoderConfig.from_diffusers(read_json(file), str(file)), source.open(place.absolute())
+
+
 def precision(path: str) -> Precision:
     """Llama and SigLIP low; the picture encoder and decoder, which every number painted passes, high."""
     if path.startswith(("language_model.model.layers.", "vision_und_enc_model.blocks.")):
@@ -61,7 +84,7 @@ def precision(path: str) -> Precision:
 
 
 def entries(config: JanusFlowConfig) -> list[Entry]:
-    """Every tensor of the official checkpoint of this config."""
+    """Every tensor of the official checkpoint of this config, which holds no autoencoder."""
     width, painting = config.text.hidden_size, config.painting
     enc, dec = "vision_gen_enc_model", "vision_gen_dec_model"
     return [
@@ -160,6 +183,8 @@ def text_entries(config: LlamaConfig) -> list[Entry]:
     ]
     for i in range(config.num_hidden_layers):
         block = f"model.layers.{i}"
+        buffer = f"{block}.self_attn.rotary_emb.inv_freq"
+        table.append(unused(buffer, (config.head_dim // 2,), "computed from the config", optional=True))
         for name, out, inn in (("self_attn.q_proj", d, d), ("self_attn.k_proj", kv, d), ("self_attn.v_proj", kv, d),
                                ("self_attn.o_proj", d, d), ("mlp.gate_proj", f, d), ("mlp.up_proj", f, d),
                                ("mlp.down_proj", d, f)):  # fmt: skip

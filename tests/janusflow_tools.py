@@ -11,15 +11,17 @@ import mlx.core as mx
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from mlx_transfusion.model_io import flat_parameters
+from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.convnext import ConvNextConfig
 from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
 from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
 try:
-    from mlx_transfusion.convert import janusflow, table
+    from mlx_transfusion.convert import autoencoder, janusflow, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import janusflow, table  # type: ignore[no-redef]
+    from convert import autoencoder, janusflow, table  # type: ignore[no-redef]
 
 FIXTURE = Path(__file__).parent / "fixtures" / "janusflow"
 LATENT = 8
@@ -98,4 +100,30 @@ def official_folder(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None})
     )
+    return folder
+
+
+CODER = AutoencoderConfig(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    latent_channels=4,
+    scaling_factor=0.13025,
+)
+"""A tiny autoencoder of SDXL's kind: two pixels for one latent element along each side."""
+
+
+def autoencoder_folder(folder: Path) -> Path:
+    """A random one as a folder of diffusers."""
+    mx.random.seed(3)
+    ours = {
+        name: value + 0.05 * mx.random.normal(value.shape)
+        for name, value in flat_parameters(AutoencoderKL(CODER)).items()
+    }
+    theirs = table.restore(autoencoder.entries(CODER), ours)
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "diffusion_pytorch_model.safetensors"), theirs)
+    fields = CODER.to_dict() | {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+    del fields["model_type"]
+    (folder / "config.json").write_text(json.dumps(fields))
     return folder

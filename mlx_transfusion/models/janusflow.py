@@ -25,7 +25,9 @@ import numpy as np
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import from_dict
+from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.convnext import ConvNextConfig, PictureDecoder, PictureEncoder
 from mlx_transfusion.models.family import Family, PictureFamily
@@ -55,6 +57,8 @@ class JanusFlowConfig:
     """Stands for a picture in the official tokenizer's text."""
     generation_token_id: int | None = None
     """Begins a picture to paint; the time stands in its place, so it is never read, and a tokenizer may lack it."""
+    autoencoder: AutoencoderConfig | None = None
+    """Of the latents; None for a model that only reads and writes."""
     prompt_format: str = "User: {prompt}\n\nAssistant:"
     """The text that is tokenised for a prompt to paint."""
     describe_before: tuple[int, ...] = ()
@@ -62,6 +66,14 @@ class JanusFlowConfig:
     describe_after: tuple[int, ...] = ()
     """Tokens behind it: the question, and the opening of the answer."""
     model_type: str = "janusflow"
+
+    def __post_init__(self) -> None:
+        latents = self.painting.latent_channels
+        if self.autoencoder is not None and self.autoencoder.latent_channels != latents:
+            raise UserError(
+                f"janusflow config: the autoencoder has {self.autoencoder.latent_channels} latent channels and the "
+                f"model paints {latents}: use the autoencoder that it was trained with (stabilityai/sdxl-vae)"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -108,6 +120,8 @@ class JanusFlow(PictureFamily):
         self.vision_gen_dec_aligner_norm = nn.RMSNorm(width, eps=config.text.rms_norm_eps)
         self.vision_gen_dec_aligner = nn.Linear(width, painting.channels)
         self.vision_gen_dec_model = PictureDecoder(painting, width)
+        if config.autoencoder is not None:
+            self.autoencoder = AutoencoderKL(config.autoencoder)
 
     @property
     def config(self) -> JanusFlowConfig:
@@ -152,6 +166,12 @@ class JanusFlow(PictureFamily):
         """(patches of a picture, latent numbers in a patch)."""
         c = self.config.painting
         return c.grid**2, c.latent_channels * c.patch_size**2
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Square. Raises UserError for a model without an autoencoder."""
+        side = self.config.painting.latent_size * self._autoencoder.config.factor
+        return side, side
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -215,6 +235,17 @@ class JanusFlow(PictureFamily):
         hidden = self._read(vectors, np.ones(vectors.shape[:2], bool), cache, store=True)
         return self.language_model.logits(hidden[:, -1])
 
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [0, 1] -> normalised latents (the means of their distributions) in patches."""
+        coder = self._autoencoder
+        return patchify(coder.normalize(coder.encode(pixels * 2 - 1).mean), self.config.painting.patch_size)
+
+    def decode(self, patches: mx.array) -> mx.array:
+        """Normalised latents [B, N, P] -> pixels [B, H, W, 3], clipped to [0, 1]."""
+        c, coder = self.config.painting, self._autoencoder
+        z = unpatchify(patches, c.latent_size, c.latent_size, c.patch_size)
+        return mx.clip((coder.decode(coder.denormalize(z)) + 1) / 2, 0, 1)
+
     def describe_prompt(self) -> tuple[list[int], list[int]]:
         """System message and user's turn; the question and the assistant's turn."""
         return list(self.config.describe_before), list(self.config.describe_after)
@@ -226,6 +257,15 @@ class JanusFlow(PictureFamily):
         if store:
             cache.append(added, new)
         return hidden
+
+    @property
+    def _autoencoder(self) -> AutoencoderKL:
+        if "autoencoder" not in self:
+            raise UserError(
+                "this JanusFlow was converted without an autoencoder and cannot paint: convert it again with "
+                "--autoencoder DIR, the folder of stabilityai/sdxl-vae"
+            )
+        return self.autoencoder
 
     @property
     def _dtype(self) -> mx.Dtype:
