@@ -4,19 +4,22 @@ autoencoder beside it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_json
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_layers import BagelTextConfig
 from mlx_transfusion.models.vision_layers import VisionConfig
-from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, Tokenizer
+from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SpecialIds, Tokenizer
 
+from . import autoencoder
 from .sources import Source
-from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, linear, norm
+from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, conv2d, linear, norm
 
 EXPERTS = {"understand": "", "generate": "_moe_gen"}
 """Our two experts of a layer -> the suffix of their official names."""
@@ -25,7 +28,7 @@ WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 INFERENCE: dict[str, dict[str, Any]] = {
     "bagel": {"vit_max_num_patch_per_side": 70, "latent_patch_size": 2, "max_latent_size": 64},
     "ae": {
-        "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16, "downsample": 8,
+        "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16,
         "scale_factor": 0.3611, "shift_factor": 0.1159,
     },
 }  # fmt: skip
@@ -35,7 +38,10 @@ TOKENS = {
     "start_of_image": "<|vision_start|>", "end_of_image": "<|vision_end|>",
 }  # fmt: skip
 """The structural tokens by the names of that file's ids, and what they are in the public tokenizer."""
+CODER = "autoencoder."
+"""In front of the autoencoder's names, in the plan and in our model."""
 QUESTION = "Describe this image in detail."
+NO_SPECIAL = SpecialIds(None, None, None, None, None, None)
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
@@ -54,14 +60,19 @@ def detect(source: Source) -> bool:
 def plan(source: Source) -> Plan:
     """The conversion of an official folder. Raises UserError for missing files and keys, and for unknown options."""
     config = read_config(source)
+    if not source.has(AUTOENCODER) and source.autoencoder is None:
+        raise UserError(f"{source.folder}: holds no {AUTOENCODER}: name the FLUX autoencoder with --autoencoder")
     files = source.tokenizer_files()
     if HUGGINGFACE_FILE in files:
         files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     return Plan(
         family="bagel",
         config=config.to_dict(),
-        parts={"": source.open(WEIGHTS if source.has(WEIGHTS) else "")},
-        entries=tuple(entries(config)),
+        parts={
+            "": source.open(WEIGHTS if source.has(WEIGHTS) else ""),
+            CODER: source.open(source.autoencoder or AUTOENCODER),
+        },
+        entries=(*entries(config), *(e.under(CODER, CODER) for e in autoencoder_entries(config))),
         files=files,
         card=LICENCE,
         precision=precision,
@@ -80,9 +91,18 @@ def read_config(source: Source) -> BagelConfig:
     given = source.json("inference_config.json")
     bagel = INFERENCE["bagel"] | given.get("bagel", {})
     ae = INFERENCE["ae"] | given.get("ae", {})
+    coder = AutoencoderConfig(
+        latent_channels=ae["z_channels"],
+        block_out_channels=tuple(ae["ch"] * m for m in ae["ch_mult"]),
+        layers_per_block=ae["num_res_blocks"],
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=ae["scale_factor"],
+        shift_factor=ae["shift_factor"],
+    )
     vision, patch = _vision(source)
     side, latents = bagel["vit_max_num_patch_per_side"], bagel["max_latent_size"]
-    largest = latents * bagel["latent_patch_size"] * ae["downsample"]
+    largest = latents * bagel["latent_patch_size"] * coder.factor
     ids, after = _tokens(source, given.get("new_token_ids"))
     return BagelConfig(
         text=_text(source),
@@ -99,8 +119,8 @@ def read_config(source: Source) -> BagelConfig:
         input_height=side * patch,
         input_width=side * patch,
         latent_patch_size=bagel["latent_patch_size"],
-        latent_channels=ae["z_channels"],
-        downsample=ae["downsample"],
+        autoencoder=coder,
+        autoencoder_stem=0 if ae["ch"] == coder.block_out_channels[0] else ae["ch"],
         describe_after=after,
     )
 
@@ -143,12 +163,13 @@ def _tokens(source: Source, ids: Mapping[str, int] | None) -> tuple[Mapping[str,
             raise UserError(f"{file}: has no token {missing[0]}: use the tokenizer of the checkpoint")
         ids = {key: known[name] for key, name in TOKENS.items()}
     bos, eos = ids["bos_token_id"], ids["eos_token_id"]
-    return ids, (bos, *Tokenizer.load(file).encode(QUESTION), eos, bos)
+    words = Tokenizer.load(file, special=NO_SPECIAL).encode(QUESTION)
+    return ids, (bos, *words, eos, bos)
 
 
 def entries(config: BagelConfig) -> list[Entry]:
     """Every tensor of ema.safetensors of this config."""
-    d, p = config.text.hidden_size, config.latent_channels * config.latent_patch_size**2
+    d, p = config.text.hidden_size, config.latent_numbers
     words = (config.vocab_size, d)
     return [
         Entry("language_model.model.embed_tokens.weight", "embed_tokens.weight", words),
@@ -186,6 +207,23 @@ def decoder_entries(config: BagelConfig, i: int) -> list[Entry]:
         for name, out, width in (("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)):
             table += linear(f"{source}.mlp{suffix}.{name}", f"{target}.mlp.{name}", out, width, bias=False)
     return table
+
+
+def autoencoder_entries(config: BagelConfig) -> list[Entry]:
+    """Every tensor of ae.safetensors: the original spelling, with a first convolution of its own width if need be."""
+    table, stem = autoencoder.entries(config.autoencoder, "original", flat=False), config.autoencoder_stem
+    if not stem:
+        return table
+    out, block = config.autoencoder.block_out_channels[0], "encoder.down.0.block.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.conv_in.weight": (stem, 3, 3, 3), "encoder.conv_in.bias": (stem,),
+        f"{block}.norm1.weight": (stem,), f"{block}.norm1.bias": (stem,), f"{block}.conv1.weight": (out, stem, 3, 3),
+    }  # fmt: skip
+    shortcut = "encoder.down_blocks.0.resnets.0.conv_shortcut"
+    return [
+        *(replace(e, shape=shapes.get(e.source, e.shape)) for e in table),
+        *conv2d(f"{block}.nin_shortcut", shortcut, out, stem, 1),
+    ]
 
 
 def vision_entries(config: BagelConfig) -> list[Entry]:

@@ -46,6 +46,7 @@ EXTRA_KEYS = ("training", "objective", "quantization", "quantization_config")
 distilled with, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
 
 FAMILIES = {
+    "bagel": "bagel",
     "janusflow": "janusflow",
     "llama": "llama",
     "monoformer": "monoformer",

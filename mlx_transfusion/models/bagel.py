@@ -17,15 +17,19 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from PIL import Image
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.models.autoencoder import AutoencoderKL
+from mlx_transfusion.models.autoencoder_parts import ResnetBlock
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_layers import BagelDecoder
 from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.convolution import Conv2d
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.flow_time import FlowTimeEmbedding
-from mlx_transfusion.models.patches import patchify
+from mlx_transfusion.models.patches import patchify, unpatchify
 from mlx_transfusion.models.vision_layers import VisionLayer, gelu_tanh
 
 
@@ -76,9 +80,10 @@ class Bagel(PictureFamily):
         self.connector = Connector(config.vision.hidden_size, width)
         self.vision_positions = mx.zeros((config.vision_table_side**2, width))
         self.time_embedder = FlowTimeEmbedding(width)
-        self.vae2llm = nn.Linear(self.latent_shape[1], width)
+        self.vae2llm = nn.Linear(config.latent_numbers, width)
         self.latent_positions = mx.zeros((config.latent_table_side**2, width))
-        self.llm2vae = nn.Linear(width, self.latent_shape[1])
+        self.llm2vae = nn.Linear(width, config.latent_numbers)
+        self.autoencoder = _autoencoder(config)
 
     @property
     def config(self) -> BagelConfig:
@@ -124,7 +129,7 @@ class Bagel(PictureFamily):
     def latent_shape(self) -> tuple[int, int]:
         """(patches of a picture, latent numbers in a patch)."""
         rows, columns = self.config.grid
-        return rows * columns, self.config.latent_channels * self.config.latent_patch_size**2
+        return rows * columns, self.config.latent_numbers
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -193,6 +198,32 @@ class Bagel(PictureFamily):
         """Nothing before the picture; the question's block and the answer's BOS behind it."""
         return [], list(self.config.describe_after)
 
+    def extend_image(self, x0: mx.array, cache: KVCache) -> None:
+        """Read the finished picture [B, N, P] as the official program reads a picture to edit: in two blocks.
+
+        First its latents, then what the vision transformer sees of it.
+        """
+        self.read_latents(x0, cache)
+        shown = np.array(mx.round(self.decode(x0).astype(mx.float32) * 255).astype(mx.uint8))
+        height, width = self.input_size
+        seen = [np.array(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC)) for p in shown]
+        self.read_picture(mx.array(np.stack(seen).astype(np.float32) / 255), cache)
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [0, 1] -> normalised latents in patches [B, N, P]: the means of their distributions.
+
+        The official program draws from the distributions. H and W may be other multiples of the stride.
+        """
+        coder = self.autoencoder
+        return patchify(coder.normalize(coder.encode(pixels * 2 - 1).mean), self.config.latent_patch_size)
+
+    def decode(self, patches: mx.array) -> mx.array:
+        """Normalised latents [B, N, P] -> pixels [B, H, W, 3], clipped to [0, 1]."""
+        c, coder = self.config, self.autoencoder
+        size = (side // c.autoencoder.factor for side in self.picture_size)
+        z = unpatchify(patches, *size, c.latent_patch_size)
+        return mx.clip((coder.decode(coder.denormalize(z)) + 1) / 2, 0, 1)
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _read_picture_block(self, tokens: mx.array, cache: KVCache, latents: bool, store: bool) -> mx.array:
@@ -217,6 +248,16 @@ class Bagel(PictureFamily):
     @property
     def _dtype(self) -> mx.Dtype:
         return self.decoder.norm.weight.dtype
+
+
+def _autoencoder(config: BagelConfig) -> AutoencoderKL:
+    """The FLUX autoencoder, whose code knows the width of its first convolution apart from that of its blocks."""
+    coder, c = AutoencoderKL(config.autoencoder), config.autoencoder
+    if config.autoencoder_stem:
+        coder.encoder.conv_in = Conv2d(c.in_channels, config.autoencoder_stem, 3, padding=1)
+        first = ResnetBlock(config.autoencoder_stem, c.block_out_channels[0], c.norm_num_groups)
+        coder.encoder.down_blocks[0].resnets[0] = first
+    return coder
 
 
 def _places(rows: int, columns: int, side: int) -> mx.array:

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.bagel_layers import BagelTextConfig
 from mlx_transfusion.models.vision_layers import VisionConfig
 
@@ -20,6 +21,7 @@ class BagelConfig:
 
     text: BagelTextConfig
     vision: VisionConfig
+    autoencoder: AutoencoderConfig
     vision_patch_size: int
     vision_table_side: int
     """Most patches along a side of a picture that is read; so wide are its two tables of positions."""
@@ -38,8 +40,8 @@ class BagelConfig:
     """That a user's picture is brought to; any multiple of `vision_patch_size` up to the table's side."""
     input_width: int
     latent_patch_size: int = 2
-    latent_channels: int = 16
-    downsample: int = 8
+    autoencoder_stem: int = 0
+    """Channels behind the autoencoder's first convolution where they are not those of its first blocks; 0: they are."""
     describe_after: tuple[int, ...] = ()
     """Tokens behind a picture that is to be described: the question's block, and the BOS of the answer."""
     model_type: str = "bagel"
@@ -64,7 +66,12 @@ class BagelConfig:
     @property
     def stride(self) -> int:
         """Pixels along the side of a latent patch."""
-        return self.latent_patch_size * self.downsample
+        return self.latent_patch_size * self.autoencoder.factor
+
+    @property
+    def latent_numbers(self) -> int:
+        """Numbers P in a latent patch."""
+        return self.autoencoder.latent_channels * self.latent_patch_size**2
 
     @property
     def grid(self) -> tuple[int, int]:
