@@ -25,45 +25,12 @@ from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.autoencoder_parts import ResnetBlock
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_layers import BagelDecoder
+from mlx_transfusion.models.bagel_vision import BagelVision, Connector
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.convolution import Conv2d
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.flow_time import FlowTimeEmbedding
 from mlx_transfusion.models.patches import patchify, unpatchify
-from mlx_transfusion.models.vision_layers import VisionLayer, gelu_tanh
-
-
-class BagelVision(nn.Module):
-    """SigLIP on pictures of any shape: positions come from a square table, by row and column."""
-
-    def __init__(self, config: BagelConfig) -> None:
-        super().__init__()
-        vision, patch = config.vision, config.vision_patch_size
-        self._patch_size = patch
-        self.patch_embedding = nn.Linear(3 * patch**2, vision.hidden_size)
-        self.position_embedding = nn.Embedding(config.vision_table_side**2, vision.hidden_size)
-        self.layers = [VisionLayer(vision) for _ in range(vision.num_hidden_layers)]
-        self.post_layernorm = nn.LayerNorm(vision.hidden_size, vision.layer_norm_eps)
-
-    def __call__(self, pixels: mx.array, places: mx.array) -> mx.array:
-        """Pixels [B, H, W, 3] in [-1, 1] whose patches stand at `places` [N] of the table -> features [B, N, C]."""
-        x = self.patch_embedding(patchify(pixels, self._patch_size)) + self.position_embedding(places)
-        for layer in self.layers:
-            x = layer(x)
-        return self.post_layernorm(x)
-
-
-class Connector(nn.Module):
-    """Features of the vision transformer in the decoder's width."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(inputs, width)
-        self.fc2 = nn.Linear(width, width)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, N, C] -> [B, N, D]."""
-        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class Bagel(PictureFamily):
@@ -76,7 +43,7 @@ class Bagel(PictureFamily):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.decoder = BagelDecoder(config.text)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.vision = BagelVision(config)
+        self.vision = BagelVision(config.vision, config.vision_patch_size, config.vision_table_side)
         self.connector = Connector(config.vision.hidden_size, width)
         self.vision_positions = mx.zeros((config.vision_table_side**2, width))
         self.time_embedder = FlowTimeEmbedding(width)
@@ -220,8 +187,8 @@ class Bagel(PictureFamily):
     def decode(self, patches: mx.array) -> mx.array:
         """Normalised latents [B, N, P] -> pixels [B, H, W, 3], clipped to [0, 1]."""
         c, coder = self.config, self.autoencoder
-        size = (side // c.autoencoder.factor for side in self.picture_size)
-        z = unpatchify(patches, *size, c.latent_patch_size)
+        height, width = (side // c.autoencoder.factor for side in self.picture_size)
+        z = unpatchify(patches, height, width, c.latent_patch_size)
         return mx.clip((coder.decode(coder.denormalize(z)) + 1) / 2, 0, 1)
 
     # ---- inside ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class BagelConfig:
     input_width: int
     latent_patch_size: int = 2
     autoencoder_stem: int = 0
-    """Channels behind the autoencoder's first convolution where they are not those of its first blocks; 0: they are."""
+    """Channels behind the autoencoder's first convolution; 0 where they are those of its first blocks."""
     describe_after: tuple[int, ...] = ()
     """Tokens behind a picture that is to be described: the question's block, and the BOS of the answer."""
     model_type: str = "bagel"

@@ -1,0 +1,244 @@
+"""The official BAGEL folder -> a model folder that paints, describes and writes; every tensor has its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tokenizers
+from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers
+
+from mlx_transfusion import generate_images
+from mlx_transfusion.cli import main
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import flat_parameters, load
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
+from mlx_transfusion.models.bagel import Bagel
+from mlx_transfusion.models.bagel_layers import BagelTextConfig
+from mlx_transfusion.models.vision_layers import VisionConfig
+from mlx_transfusion.painting import prefill
+from mlx_transfusion.settings import GenerationSettings
+
+try:
+    from mlx_transfusion.convert import bagel, bagel_config, sources, table
+except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
+    from convert import bagel, bagel_config, sources, table  # type: ignore[no-redef]
+
+Cli = Callable[..., Any]
+FIXTURE = Path(__file__).parent / "fixtures" / "bagel"
+BOS, EOS, BOI, EOI = 151, 152, 153, 154
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """Bytes of ASCII as tokens, and the structural tokens where the golden has them."""
+    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {chr(i) for i in range(256, 512)})
+    vocab = {"\u0120": 0, "\u010a": 1} | {letter: 2 + i for i, letter in enumerate(letters[: BOS - 2])}
+    vocab |= {f"<{i}>": i for i in range(len(vocab), BOS)}
+    special = dict(zip(bagel_config.TOKENS.values(), (BOS, EOS, BOI, EOI), strict=True))
+    out = tokenizers.Tokenizer(models.BPE(vocab=vocab | special, merges=[]))
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    out.decoder = decoders.ByteLevel()
+    out.add_special_tokens(list(special))
+    return out
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as on the hub, but for the file of sizes that are public constants; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("hub") / "BAGEL-tiny"
+    folder.mkdir()
+    for file in FIXTURE.glob("*.*"):
+        if file.name != "io.safetensors":
+            shutil.copy(file, folder)
+    sizes = json.loads((folder / "inference_config.json").read_text())
+    del sizes["new_token_ids"]  # then they are found in the tokenizer
+    (folder / "inference_config.json").write_text(json.dumps(sizes))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, official: Path) -> Path:
+    """What the verb `convert` made of it, set to small pictures."""
+    out = tmp_path_factory.mktemp("models") / "bagel"
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(official), "--output", str(out)])
+    assert done.value.code == 0
+    file = out / "config.json"
+    config = json.loads(file.read_text())
+    sizes = {"image_height": 24, "image_width": 32, "input_height": 12, "input_width": 20}
+    assert {name: config[name] for name in sizes} == {
+        "image_height": 64, "image_width": 64, "input_height": 32, "input_width": 32,
+    }  # fmt: skip
+    file.write_text(json.dumps(config | sizes))
+    return out
+
+
+# ---- the table ----
+
+
+def test_the_table_gives_every_bit_back(official: Path) -> None:
+    plan = bagel.plan(sources.Source(official))
+    theirs = {key + n: part.read(n) for key, part in plan.parts.items() for n in part.tensors}
+    assert {e.source: e.shape for e in plan.entries} == {n: v.shape for n, v in theirs.items()}
+    back = table.restore(plan.entries, table.forward(plan.entries, theirs))
+    assert back.keys() == theirs.keys()
+    assert all(mx.array_equal(back[n], theirs[n]) for n in theirs)
+
+
+def test_the_public_sizes_come_out_of_the_same_table(official: Path) -> None:
+    """The published 7B: 14.6 billion numbers, 29.21 GB of bfloat16 in ema.safetensors."""
+    tiny = bagel_config.read_config(sources.Source(official))
+    public = replace(
+        tiny,
+        text=BagelTextConfig(152064, 3584, 18944, 28, 28, 4),
+        vision=VisionConfig(1152, 4304, 26, 16),
+        autoencoder=AutoencoderConfig(
+            latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+        ),
+        autoencoder_stem=0, vision_patch_size=14, vision_table_side=70, latent_table_side=64,
+        image_height=1024, image_width=1024, input_height=980, input_width=980,
+    )  # fmt: skip
+    entries = bagel.entries(public)
+    assert round(2 * sum(prod(e.shape) for e in entries) / 1e9, 2) == 29.21
+    both = [*entries, *(e.under(bagel.CODER, bagel.CODER) for e in bagel.autoencoder_entries(public))]
+    assert {e.target: e.target_shape for e in both} == {
+        name: value.shape for name, value in flat_parameters(Bagel(public)).items()
+    }
+    assert public.latent_numbers == 64
+    assert public.layout.picture_tokens == 4902
+
+
+def test_without_a_file_of_sizes_the_published_ones_hold(tmp_path: Path, official: Path) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(official, folder)
+    (folder / "inference_config.json").unlink()
+    vit = json.loads((folder / "vit_config.json").read_text()) | {"patch_size": 14}
+    (folder / "vit_config.json").write_text(json.dumps(vit))
+    config = bagel_config.read_config(sources.Source(folder))
+    assert (config.image_height, config.input_width) == (1024, 980)
+    assert config.autoencoder.block_out_channels == (128, 256, 512, 512)
+    assert config.autoencoder_stem == 0
+    assert (config.bos_token_id, config.eos_token_id, config.boi_token_id, config.eoi_token_id) == (
+        BOS, EOS, BOI, EOI,
+    )  # fmt: skip
+
+
+# ---- what is wrong is said ----
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("llm_config.json", {"hidden_act": "gelu"}, 'hidden_act is "gelu", expected silu'),
+        ("llm_config.json", {"rope_scaling": {"factor": 2}}, "BAGEL has none"),
+        ("llm_config.json", {"hidden_size": "64"}, "expected int"),
+        ("vit_config.json", {"hidden_act": "gelu"}, "expected gelu_pytorch_tanh"),
+        ("vit_config.json", {"patch_size": 0}, "expected a positive whole number"),
+        ("llm_config.json", {"intermediate_size": 96}, "has shape"),
+    ],
+)
+def test_bad_configs(cli: Cli, tmp_path: Path, official: Path, file: str, change: dict, said: str) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(official, folder)
+    data = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps(data))
+    result = cli("convert", folder, "--output", tmp_path / "out")
+    assert (result.code, said in result.err) == (2, True), result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_parts(tmp_path: Path, official: Path) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(official, folder)
+    (folder / "ae.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no ae\.safetensors: name the FLUX autoencoder"):
+        bagel.plan(sources.Source(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json: name one with --tokenizer"):
+        bagel_config.read_config(sources.Source(folder))
+
+
+# ---- what it can do ----
+
+
+def test_it_paints(converted: Path) -> None:
+    """A picture depends on its prompt and its seed, and not on what is painted beside it."""
+    loaded = load(converted)
+    settings = GenerationSettings(steps=3, guidance=2.0, batch_size=4)
+    one, other, again = generate_images(loaded, ["red cat", "a dog", "red cat"], [1, 1, 2], settings)
+    assert one.pixels.shape == (24, 32, 3)
+    alone = generate_images(loaded, "red cat", 1, settings)[0]
+    assert np.abs(one.pixels.astype(int) - alone.pixels).max() <= 1
+    for different in (other, again):
+        assert np.abs(one.pixels.astype(int) - different.pixels).max() > 3
+    guided = GenerationSettings(steps=3, guidance=2.0, negative_prompt="a dog")
+    assert (
+        np.abs(generate_images(loaded, "red cat", 1, guided)[0].pixels.astype(int) - alone.pixels).max() > 1
+    )
+
+
+def test_the_verbs(cli: Cli, converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    flags = ["--model", converted, "--steps", 2, "--seed", 3, "--spacing", "flow", "--sampler", "ddim"]
+    assert cli("generate", "a red cat", *flags, "--output", out).code == 0
+    assert Image.open(out).size == (32, 24)
+    described = cli("describe", out, "--model", converted, "--max-tokens", 5, "--json")
+    assert described.code == 0, described.err
+    written = cli("complete", "red", "--model", converted, "--max-tokens", 4, "--json")
+    assert written.code == 0, written.err
+
+
+def test_describing_reads_what_the_official_program_reads(converted: Path) -> None:
+    """The picture's block at position 0, the question's block, and BOS."""
+    loaded = load(converted)
+    before, after = loaded.pictures.describe_prompt()
+    question = tokenizer().encode(bagel_config.QUESTION).ids
+    assert (before, after) == ([], [BOS, *question, EOS, BOS])
+    assert loaded.config.layout.bos is None
+
+
+def test_a_painted_picture_is_read_in_two_blocks(converted: Path) -> None:
+    model = load(converted).pictures
+    assert isinstance(model, Bagel)
+    cache = prefill(model, [model.image_prefix([5, 6])])
+    x0 = mx.random.normal((1, *model.latent_shape), key=mx.random.key(0))
+    model.extend_image(x0, cache)
+    assert cache.positions.tolist() == [4 + 2]
+    assert cache.lengths.tolist() == [4 + (12 + 2) + (15 + 2)]
+    other = prefill(model, [model.image_prefix([5, 6])])
+    model.extend_image(-x0, other)
+    ids, length = np.array([[BOS]]), np.array([1])
+    difference = model.extend_text(ids, length, cache) - model.extend_text(ids, length, other)
+    assert float(mx.abs(difference).max()) > 0.1
+
+
+def test_encode_and_decode_are_each_others_shapes(converted: Path) -> None:
+    model = load(converted).pictures
+    pixels = mx.random.uniform(shape=(2, 24, 32, 3), key=mx.random.key(1))
+    patches = model.encode(pixels)
+    assert patches.shape == (2, *model.latent_shape)
+    assert model.decode(patches).shape == pixels.shape
+
+
+def test_quantised(cli: Cli, official: Path, tmp_path: Path) -> None:
+    """Experts and vision lose bits, time, latents and the autoencoder do not."""
+    out = tmp_path / "small"
+    assert cli("convert", official, "--output", out, "--quantize", 8, "--group-size", 32).code == 0
+    names = set(mx.load(str(out / "model.safetensors")))
+    assert "decoder.layers.0.generate.q_proj.scales" in names
+    assert "decoder.layers.0.understand.mlp.up_proj.scales" in names
+    assert not [
+        n for n in names if n.endswith("scales") and n.startswith(("autoencoder", "time", "vae2llm", "llm2"))
+    ]
+    assert load(out).pictures.latent_shape == (64, 16)
