@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
+from .account import Stored
 from .families import converter, find
 from .safetensors_file import TensorInfo
-from .shards import NAMES, Stored, header
+from .shards import NAMES, header
 from .sources import Checkpoint, Source
 from .table import Entry, Plan
 
@@ -36,7 +37,8 @@ class _HollowSource(Source):
     """A folder with configs and no weights."""
 
     def open(self, name: str | Path = "") -> Checkpoint:
-        return _Hollow(self.folder / (name or "model.safetensors"))
+        path = self.folder / name if name else self.path
+        return _Hollow(path / "model.safetensors" if path.is_dir() else path)
 
 
 def plan_from_config(folder: Path, family: str | None = None, **flags: Any) -> Plan:
