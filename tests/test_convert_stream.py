@@ -37,7 +37,7 @@ def memory() -> ModuleType:
 
 
 @pytest.mark.parametrize("bits", [None, "4"])
-@pytest.mark.parametrize("gigabytes", [0.15, pytest.param(4.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gigabytes", [0.15])
 def test_the_peak_is_a_few_tensors(tmp_path: Path, memory: ModuleType, monkeypatch: pytest.MonkeyPatch,
                                    gigabytes: float, bits: str | None) -> None:  # fmt: skip
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
