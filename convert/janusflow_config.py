@@ -143,6 +143,9 @@ def _tokens(source: Source) -> dict[str, Any]:
         "placeholder_token_id": find(tags["image_tag"]),
         # The official processor adds it to a tokenizer that lacks it, for it is never embedded.
         "generation_token_id": ids.get(tags["image_gen_tag"]),
-        "describe_before": tuple(words.encode(f"{SYSTEM}\n\nUser: ")),
-        "describe_after": tuple(words.encode(f"\n{QUESTION}\n\nAssistant:")),
+        # Newlines are tokens of their own in this tokenizer, so pieces give the tokens of the whole.
+        "picture_before": tuple(words.encode(f"{SYSTEM}\n\nUser: ")),
+        "question": tuple(words.encode(QUESTION)),
+        "question_before": tuple(words.encode("\n")),
+        "question_after": tuple(words.encode("\n\nAssistant:")),
     }

@@ -71,13 +71,26 @@ def complete(
     return document.run()
 
 
-def describe(loaded: Loaded, image: ImageLike, seed: int = 0, settings: GenerationSettings = DEFAULTS) -> str:
+def describe(
+    loaded: Loaded,
+    image: ImageLike,
+    seed: int = 0,
+    settings: GenerationSettings = DEFAULTS,
+    question: str | None = None,
+) -> str:
     """What the model says about an image: text after it until EOS, by default always the likeliest token.
 
-    Raises UserError when the image cannot be read, and for a model that does not read images.
+    question: what a model that was taught to answer is asked; None asks it for a description. Raises UserError when
+    the image cannot be read, for a model that does not read images, and for an empty question.
     """
     pixels = load_pixels(image, *loaded.pictures.input_size, loaded.pictures.pads_input)
-    before, behind = (Tokens(tuple(ids)) for ids in loaded.pictures.describe_prompt())
+    if question is None:
+        around = loaded.pictures.describe_prompt()
+    elif ids := loaded.tokenizer.encode(question.strip()):
+        around = loaded.pictures.question_prompt(ids)
+    else:
+        raise UserError("the question is empty: ask something about the picture")
+    before, behind = (Tokens(tuple(ids)) for ids in around)
     events = complete(loaded, [before, pixels, behind], seed, replace(settings, max_images=0))
     return "".join(event.text for event in events if isinstance(event, Token)).strip()
 

@@ -116,11 +116,14 @@ def test_the_public_sizes_come_out_of_the_same_table() -> None:
 
 def test_the_official_config_is_read(official: Path) -> None:
     found = janusflow_config.read_config(sources.Source(official))
-    before, after = found.describe_before, found.describe_after
-    assert replace(found, describe_before=(), describe_after=()) == config()
+    before, after = build(found).describe_prompt()
+    empty: dict[str, Any] = dict.fromkeys(
+        ["picture_before", "question", "question_before", "question_after"], ()
+    )
+    assert replace(found, **empty) == config()
     words = tokenizer()
-    assert words.decode(list(before)).endswith("natural language.\n\nUser: ")
-    assert words.decode(list(after)) == "\nDescribe this image in detail.\n\nAssistant:"
+    assert words.decode(before).endswith("natural language.\n\nUser: ")
+    assert words.decode(after) == "\nDescribe this image in detail.\n\nAssistant:"
 
 
 def test_the_public_config_names_its_vision_tower(tmp_path: Path) -> None:
@@ -257,21 +260,25 @@ def test_it_describes_from_the_command_line(cli: Cli, converted: Path, tmp_path:
     picture = tmp_path / "wide.png"
     wide = np.array(golden()["processor.image_wide"]).astype(np.uint8)
     Image.fromarray(wide).save(picture)
-    result = cli("describe", picture, "--model", converted, "--max-tokens", 6, "--json")
+    flags = ["--model", converted, "--max-tokens", 6, "--json"]
+    result = cli("describe", picture, "--question", " How many hearts?", *flags)
     assert result.code == 0
     said = json.loads(result.out)["text"]
+    assert json.loads(cli("describe", picture, *flags).out)["text"] != said
+    assert "the question is empty" in cli("describe", picture, "--question", " ", *flags).err
     # By hand: BOS, the system message, the picture, the question; then the likeliest letters.
+    question = "\nHow many hearts?\n\nAssistant:"
     loaded = load(converted)
     model, c = loaded.model, loaded.config
     assert isinstance(model, JanusFlow)
     from mlx_transfusion.images import pad_square
 
     cache = model.new_cache(1)
-    before = [BOS, *c.describe_before]
+    before = [BOS, *c.picture_before]
     model.extend_text(np.array([before]), np.array([len(before)]), cache)
     pixels = pad_square(Image.fromarray(wide), 24).astype(np.float32) / 255
     model.read_picture(mx.array(pixels)[None], cache)
-    ids = list(c.describe_after)
+    ids = loaded.tokenizer.encode(question)
     written: list[int] = []
     for _ in range(6):
         logits = np.array(model.extend_text(np.array([ids]), np.array([len(ids)]), cache)[0])

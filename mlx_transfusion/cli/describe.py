@@ -16,6 +16,10 @@ from mlx_transfusion.settings import DEFAULTS
 def describe(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, WebP, ...")],
     model: options.Model = None,
+    question: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Ask this (models that answer).", show_default="description"),
+    ] = None,
     max_tokens: options.MaxTokens = DEFAULTS.max_tokens,
     temperature: options.Temperature = DEFAULTS.temperature,
     top_p: options.TopP = DEFAULTS.top_p,
@@ -47,7 +51,7 @@ def describe(
     loaded = load(model)
     with bar("describe", len(images)) as progress:
         for number, (image, data) in enumerate(zip(images, pixels, strict=True), 1):
-            text = run(loaded, data, seed, settings)
+            text = run(loaded, data, seed, settings, question)
             progress.update(number)
             if as_json:
                 result({"file": str(image), "text": text})

@@ -162,6 +162,10 @@ class PictureFamily(TextFamily):
         """Token ids before (without BOS) and behind a picture that ask for its description."""
         return [], []
 
+    def question_prompt(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Token ids before (without BOS) and behind a picture that ask a user's question, given in tokens."""
+        return [], list(question)
+
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, 3] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
         raise NotImplementedError

@@ -61,10 +61,14 @@ class JanusFlowConfig:
     """Of the latents; None for a model that only reads and writes."""
     prompt_format: str = "User: {prompt}\n\nAssistant:"
     """The text that is tokenised for a prompt to paint."""
-    describe_before: tuple[int, ...] = ()
-    """Tokens between BOS and a picture that is to be described."""
-    describe_after: tuple[int, ...] = ()
-    """Tokens behind it: the question, and the opening of the answer."""
+    picture_before: tuple[int, ...] = ()
+    """Tokens between BOS and a picture that is asked about: the system message, the opening of the user's turn."""
+    question: tuple[int, ...] = ()
+    """Tokens that ask for a description."""
+    question_before: tuple[int, ...] = ()
+    """Tokens between a picture and the question."""
+    question_after: tuple[int, ...] = ()
+    """Tokens behind the question: the opening of the answer."""
     model_type: str = "janusflow"
 
     def __post_init__(self) -> None:
@@ -247,8 +251,13 @@ class JanusFlow(PictureFamily):
         return mx.clip((coder.decode(coder.denormalize(z)) + 1) / 2, 0, 1)
 
     def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """The config's own question."""
+        return self.question_prompt(self.config.question)
+
+    def question_prompt(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """System message and user's turn; the question and the assistant's turn."""
-        return list(self.config.describe_before), list(self.config.describe_after)
+        c = self.config
+        return list(c.picture_before), [*c.question_before, *question, *c.question_after]
 
     def _read(self, x: mx.array, new: np.ndarray, cache: KVCache, store: bool) -> mx.array:
         """Final hidden states [B, T, D] of vectors [B, T, D] behind the cache; `new` says which are real."""
