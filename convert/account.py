@@ -5,6 +5,8 @@ Nothing is read or written before this has passed; a dry run ends here.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +27,8 @@ from .table import Entry, Plan, Shape
 
 PACKED = ("U32", "U8")
 """Types of the numbers and scales of matrices that are quantised already."""
+LISTED = 60
+"""More faults than these are listed by the pattern of their names."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,20 @@ def account(plan: Plan, options: Options) -> Account:
     found = _found(plan)
     faults = [*_source_faults(plan, found), *_target_faults(plan, model)]
     if faults:
-        raise UserError(f"{where}: does not fit the {plan.family} family: {'; '.join(faults)}")
+        raise UserError(f"{where}: does not fit the {plan.family} family: {'; '.join(shortened(faults))}")
     settings = settings_of(model, plan, options)
     jobs = [_job(e, found[e.source], settings, options) for e in plan.entries if e.source in found]
     jobs.sort(key=lambda job: str(job.info.file))  # keeps the table's order within a file
     table = options.table(settings) if settings else plan.quantization
     return Account(plan, config, tuple(jobs), dict(table) if table else None, parameter_count(model))
+
+
+def shortened(faults: list[str]) -> list[str]:
+    """All faults, those of many layers as one where there are more than LISTED."""
+    if len(faults) <= LISTED:
+        return faults
+    alike = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", fault) for fault in faults)
+    return [fault if count == 1 else f"{fault} ({count} of them)" for fault, count in alike.items()]
 
 
 Found = dict[str, tuple[Checkpoint, str, TensorInfo]]

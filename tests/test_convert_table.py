@@ -177,6 +177,16 @@ def test_a_table_that_does_not_fit_its_model_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_many_faults_are_listed_by_their_pattern() -> None:
+    faults = [f"missing layers.{i}.{name}.weight" for i in range(40) for name in ("up", "down")] + [
+        "missing norm"
+    ]
+    assert account.shortened(faults) == [
+        "missing layers.*.up.weight (40 of them)", "missing layers.*.down.weight (40 of them)", "missing norm",
+    ]  # fmt: skip
+    assert account.shortened(faults[:60]) == faults[:60]
+
+
 def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     source = toy_family.write(tmp_path / "in")
     model = toy_family.tensors()[0]
