@@ -9,10 +9,9 @@ from mlx_transfusion.model_files import read_json
 from mlx_transfusion.models.autoencoder import AutoencoderConfig
 from mlx_transfusion.models.convnext import WIDENING, ConvNextConfig
 from mlx_transfusion.models.janusflow import JanusFlowConfig
-from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
-from . import autoencoder
+from . import autoencoder, llama
 from .hub import locate
 from .janusflow_config import read_config
 from .sources import Checkpoint, Source
@@ -108,7 +107,7 @@ def entries(config: JanusFlowConfig) -> list[Entry]:
         *block_entries(dec, painting, 2 * painting.channels, width),
         *unpatchify_entries(f"{dec}.out_convs.0", painting),
         *norm(f"{dec}.input_norm", f"{dec}.input_norm", painting.channels),
-        *(e.under("language_model.", "language_model.") for e in text_entries(config.text)),
+        *(e.under("language_model.", "language_model.") for e in llama.entries(config.text)),
         *norm("vision_gen_dec_aligner_norm", "vision_gen_dec_aligner_norm", width),
         *same_linear("vision_gen_dec_aligner", painting.channels, width),
     ]
@@ -171,27 +170,6 @@ def unpatchify_entries(name: str, config: ConvNextConfig) -> list[Entry]:
 def same_linear(name: str, out: int, width: int) -> list[Entry]:
     """A linear layer that has the same name in both models."""
     return linear(name, name, out, width)
-
-
-def text_entries(config: LlamaConfig) -> list[Entry]:
-    """Hugging Face's Llama with a head of its own."""
-    d, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
-    table = [
-        Entry("model.embed_tokens.weight", "model.embed_tokens.weight", (config.vocab_size, d)),
-        Entry("lm_head.weight", "lm_head.weight", (config.vocab_size, d)),
-        *norm("model.norm", "model.norm", d),
-    ]
-    for i in range(config.num_hidden_layers):
-        block = f"model.layers.{i}"
-        buffer = f"{block}.self_attn.rotary_emb.inv_freq"
-        table.append(unused(buffer, (config.head_dim // 2,), "computed from the config", optional=True))
-        for name, out, inn in (("self_attn.q_proj", d, d), ("self_attn.k_proj", kv, d), ("self_attn.v_proj", kv, d),
-                               ("self_attn.o_proj", d, d), ("mlp.gate_proj", f, d), ("mlp.up_proj", f, d),
-                               ("mlp.down_proj", d, f)):  # fmt: skip
-            table += linear(f"{block}.{name}", f"{block}.{name}", out, inn, bias=False)
-        table += norm(f"{block}.input_layernorm", f"{block}.input_layernorm", d)
-        table += norm(f"{block}.post_attention_layernorm", f"{block}.post_attention_layernorm", d)
-    return table
 
 
 CONVERTER = Converter("janusflow", "JanusFlow-1.3B (deepseek-ai/JanusFlow-1.3B)", detect, plan)

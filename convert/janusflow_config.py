@@ -30,8 +30,9 @@ SIGLIP: dict[str, dict[str, int]] = {
 """Vision towers that config.json may name."""
 LATENT_SIZE = 48
 LLAMA_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-    "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "head_dim",
+    "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention_bias", "mlp_bias",
+    "tie_word_embeddings",
 )  # fmt: skip
 TAGS = {
     "image_tag": "<image_placeholder>", "image_start_tag": "<begin_of_image>", "image_end_tag": "<end_of_image>",
@@ -51,11 +52,10 @@ def read_config(source: Source) -> JanusFlowConfig:
     """Our config of an official folder. Raises UserError for missing keys or tokens and for sizes that disagree."""
     official, file = source.json(), source.folder / "config.json"
     try:
-        text = official["language_config"]
         vision = official["vision_und_enc_config"]["params"]
         painting = [official[f"vision_gen_{part}_config"]["params"] for part in ("enc", "dec")]
         return JanusFlowConfig(
-            text=LlamaConfig(**{name: text[name] for name in LLAMA_FIELDS if name in text}),
+            text=_text(official["language_config"]),
             vision=_vision(vision),
             painting=_painting(*painting),
             **_tokens(source),
@@ -64,6 +64,12 @@ def read_config(source: Source) -> JanusFlowConfig:
         raise UserError(
             f"{file}: not the config of a JanusFlow: {error} is missing or of another kind"
         ) from error
+
+
+def _text(said: Table) -> LlamaConfig:
+    if said.get("rope_scaling") is not None or said.get("hidden_act", "silu") != "silu":
+        raise UserError("config.json: the language model has a rope_scaling or hidden_act of another kind")
+    return LlamaConfig(**{name: said[name] for name in LLAMA_FIELDS if said.get(name) is not None})
 
 
 def _vision(params: Table) -> SiglipConfig:

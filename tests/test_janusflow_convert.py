@@ -142,6 +142,12 @@ def test_the_public_config_names_its_vision_tower(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
+        (
+            "language_config",
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0},
+            "has a rope_scaling or hidden_act of another kind",
+        ),
         ("vision_gen_enc_config", "kernel_size", 4, "kernel_size is 4 for 2"),
         ("vision_gen_dec_config", "upsamples", 2, "upsamples is 4 for 2"),
         ("vision_gen_dec_config", "in_channels", 64, "in_channels is 64 for 32"),
@@ -155,10 +161,11 @@ def test_another_form_is_refused_by_name(
 ) -> None:
     folder = official_folder(tmp_path / "other")
     data = json.loads((folder / "config.json").read_text())
-    params = data[part]["params"]
+    place = data[part].get("params", data[part])
     if value is None:
-        params = {"image_size": 24}
-    data[part]["params"] = params if value is None else params | {key: value}
+        del place[key]
+    else:
+        place[key] = value
     (folder / "config.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=message):
         janusflow_config.read_config(sources.Source(folder))

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.convolution import Conv2d
 from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.vision_layers import gelu_erf
 
 WIDENING = 4
 """Hidden channels of a block for each of its own."""
@@ -139,7 +140,7 @@ class ConvNextBlock(nn.Module):
 
     def __call__(self, x: mx.array, time: mx.array) -> mx.array:
         """[B, h, w, channels] and time [B, D] -> [B, h, w, channels]."""
-        h = gelu(self.channelwise_linear_1(self.norm(self.depthwise(x))))
+        h = gelu_erf(self.channelwise_linear_1(self.norm(self.depthwise(x))))
         x = x + self.channelwise_linear_2(self.channelwise_norm(h))
         scale, shift = mx.split(self.cond_embeds_mapper(silu(time))[:, None, None], 2, -1)
         return x * (1 + scale) + shift
@@ -180,8 +181,3 @@ class Unpatchify(nn.Module):
         p = self._patch
         x = x.reshape(b, h, w, -1, p, p).transpose(0, 1, 4, 2, 5, 3)
         return x.reshape(b, h * p, w * p, -1)
-
-
-def gelu(x: mx.array) -> mx.array:
-    """x Phi(x), exact. Not mlx's own, which is compiled: that has no gradient inside a forward-mode derivative."""
-    return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
