@@ -7,20 +7,27 @@ lies elsewhere: --autoencoder.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import dataclasses
 
-from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json
+from mlx_transfusion.models.autoencoder import AutoencoderConfig
 from mlx_transfusion.models.clip_vision import ClipVisionConfig
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 
-from .sources import Source
+from . import autoencoder
+from .hub import locate
+from .monoformer_config import read_config
+from .sources import Checkpoint, Source
 from .table import (
+    HIGH,
+    LOW,
+    WHOLE,
     Card,
     Converter,
     Entry,
     Plan,
+    Precision,
     linear,
     norm,
     patch_matrix,
@@ -28,25 +35,16 @@ from .table import (
     unused,
     vector,
 )
+from .tokenizer_marks import completed
 
 MARKS = frozenset(
     {"t_embedder.mlp.0.weight", "t_projector.0.weight", "final_layer.adaLN_modulation.1.weight"}
 )
+MARKS_OF_TEXT = ("<|pad|>", "<|image|>", "<|im_start|>", "<|im_end|>")
+"""Behind TinyLlama's tokens, for a tokenizer without them."""
 TOWER = "vision_encoder.vision_tower.vision_model"
-FIXED: dict[str, tuple[Any, ...]] = {
-    "decoder_t_embed": ("add_before_image_tokens",),
-    "use_adaln_final_layer": (True,),
-    "add_pos_embed_each_layer": (False, None),
-    "use_hybrid_attn_mask": (False, None),
-    "learn_sigma": (True,),
-    "tie_word_embeddings": (False, None),
-    "attention_bias": (False, None),
-    "rope_scaling": (None,),
-    "hidden_act": ("silu", None),
-}
-"""What the model file knows, of the official code's choices. None: the key is missing."""
-VAE_FACTOR = 8
-"""Pixels of a picture for one of its latent."""
+CODER = "autoencoder."
+"""In front of the autoencoder's names, in the plan and in our model."""
 NOTES = (
     'A prompt is what the picture shows: the model reads "Please generate an image of PROMPT.", as in training. '
     "The samplers use its noise prediction; the official sampler with the learned variance is in Python only."
@@ -132,83 +130,6 @@ def _clip_layer(config: ClipVisionConfig, source: str, target: str) -> list[Entr
     return table
 
 
-def read_config(source: Source) -> MonoFormerConfig:
-    """Our config of a foreign folder. Raises UserError for what our model file does not know and for missing keys."""
-    file, data = source.folder / "config.json", source.json()
-    for key, known in FIXED.items():
-        if data.get(key) not in known:
-            raise UserError(f"{file}: {key} is {data.get(key)!r}, and only {known[0]!r} can be converted")
-    image = _number(data, "image_token_index", file)
-    tensors = source.open().tensors
-    words = tensors["model.embed_tokens.weight"].shape[0] if "model.embed_tokens.weight" in tensors else 0
-    fields = {
-        name: data[name] for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings") if name in data
-    }
-    size = _number(data, "image_size", file)
-    heads = _number(data, "num_attention_heads", file)
-    return MonoFormerConfig(
-        vocab_size=words or _number(data, "vocab_size", file),
-        hidden_size=_number(data, "hidden_size", file),
-        num_hidden_layers=_number(data, "num_hidden_layers", file),
-        num_attention_heads=heads,
-        num_key_value_heads=data.get("num_key_value_heads") or heads,
-        intermediate_size=_number(data, "intermediate_size", file),
-        bos_token_id=_number(data, "bos_token_id", file),
-        eos_token_id=_number(data, "eos_token_id", file),
-        pad_token_id=image - 1,
-        image_token_id=image,
-        boi_token_id=image + 1,
-        eoi_token_id=image + 2,
-        latent_size=size // VAE_FACTOR,
-        latent_channels=_number(data, "in_channels", file),
-        patch_size=_number(data, "patch_size", file),
-        position_sines=bool(data.get("use_pos_embed", True)),
-        picture_attention=bool(data.get("use_bi_attn_img_tokens", True)),
-        vision=_read_vision(source, data),
-        **fields,
-    )
-
-
-def _number(data: dict[str, Any], key: str, file: Path) -> int:
-    value = data.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{file}: {key} is {value!r}, expected a whole number")
-    return value
-
-
-def _read_vision(source: Source, data: dict[str, Any]) -> ClipVisionConfig | None:
-    """CLIP's sizes, from the folder that the config names, inside SOURCE."""
-    if data.get("vision_encoder") is None:
-        return None
-    file, folder = source.folder / "config.json", str(data.get("vision_encoder_path") or "")
-    if data["vision_encoder"] != "clip":
-        raise UserError(
-            f'{file}: vision_encoder is {data["vision_encoder"]!r}, and only "clip" can be converted'
-        )
-    name = next((n for n in (f"{folder}/config.json", "clip/config.json") if source.has(n)), None)
-    if name is None:
-        raise UserError(f"{file}: the sizes of CLIP are missing: put its folder into {source.folder} as clip")
-    clip = source.json(name)
-    clip = clip.get("vision_config", clip)
-    if clip.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(
-            f'{source.folder / name}: hidden_act is {clip["hidden_act"]!r}, expected "quick_gelu"'
-        )
-    keys = (
-        "image_size",
-        "patch_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-    )
-    fields = {key: _number(clip, key, source.folder / name) for key in keys}
-    fields |= {"layer_norm_eps": clip["layer_norm_eps"]} if "layer_norm_eps" in clip else {}
-    said = source.json(str(Path(name).with_name("preprocessor_config.json")))
-    fields |= {key: said[key] for key in ("image_mean", "image_std") if key in said}
-    return from_dict(ClipVisionConfig, fields, str(source.folder / name))
-
-
 def detect(source: Source) -> bool:
     """By the architecture's name, or by the layers that a Llama does not have."""
     return "MonoFormerForCausalLM" in (source.json().get("architectures") or ()) or source.names() >= MARKS
@@ -216,13 +137,36 @@ def detect(source: Source) -> bool:
 
 def plan(source: Source) -> Plan:
     """The whole conversion. Raises UserError for a config that our model file does not know."""
-    config = read_config(source)
+    coder, checkpoint = open_autoencoder(source)
+    config = dataclasses.replace(read_config(source), autoencoder=coder)
     card = Card(
         "MonoFormer/MonoFormer_ImageNet_256", "unknown", "No licence was published with the official code.",
         url="https://github.com/MonoFormer/MonoFormer", notes=NOTES,
     )  # fmt: skip
-    parts = {"": source.open()}
-    return Plan("monoformer", config.to_dict(), parts, tuple(entries(config)), source.tokenizer_files(), card)
+    latents = [e.under(CODER, CODER) for e in autoencoder.read_checkpoint(checkpoint, coder)]
+    parts = {"": source.open(), CODER: checkpoint}
+    table = (*entries(config), *latents)
+    files = completed(source.tokenizer_files(), config.pad_token_id, MARKS_OF_TEXT)
+    return Plan("monoformer", config.to_dict(), parts, table, files, card, precision)
+
+
+def open_autoencoder(source: Source) -> tuple[AutoencoderConfig, Checkpoint]:
+    """The autoencoder of --autoencoder, or of the folder "vae" in SOURCE. Raises UserError where there is none."""
+    if source.autoencoder is None and not source.has("vae"):
+        raise UserError(
+            "MonoFormer paints with an autoencoder that its folder does not hold: name it with --autoencoder "
+            "(stabilityai/sd-vae-ft-mse, a hub id or a folder)"
+        )
+    place = source.folder / "vae" if source.autoencoder is None else locate(str(source.autoencoder))
+    file = (place if place.is_dir() else place.parent) / "config.json"
+    return AutoencoderConfig.from_diffusers(read_json(file), str(file)), source.open(place.absolute())
+
+
+def precision(path: str) -> Precision:
+    """Llama's layers and CLIP's low, embedding and head high, what every painted number passes whole."""
+    if path.startswith(("layers.", "vision.layers.")):
+        return LOW
+    return HIGH if path in ("embed_tokens", "lm_head") else WHOLE
 
 
 CONVERTER = Converter("monoformer", "MonoFormer (ImageNet 256, with or without CLIP)", detect, plan)

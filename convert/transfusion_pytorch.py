@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_json
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig, ModalityConfig
+from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 
 from .safetensors_file import TensorInfo
 from .sources import Source
 from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, linear, unused, vector
+from .tokenizer_marks import number_tokenizer, with_marks
 from .transfusion_pytorch_config import read_config
 
 EMA = "ema_model."
@@ -126,12 +129,23 @@ def plan(source: Source) -> Plan:
     card = Card(
         "transfusion-pytorch", "unknown", "The package is MIT; ask the author of these weights for theirs.",
         url="https://github.com/lucidrains/transfusion-pytorch",
-        notes="Its prompts are token ids: for words, convert with --tokenizer and the tokenizer it was trained with.",
+        notes="The package has no tokenizer. Converted without --tokenizer, a prompt is token ids such as `12 5 77`.",
     )  # fmt: skip
     return Plan(
-        LucidrainsConfig.model_type, config.to_dict(), {"": checkpoint}, tuple(table), source.tokenizer_files(),
+        LucidrainsConfig.model_type, config.to_dict(), {"": checkpoint}, tuple(table), _tokenizer(source, config),
         card, precision,
     )  # fmt: skip
+
+
+def _tokenizer(source: Source, config: LucidrainsConfig) -> dict[str, bytes | Path]:
+    """One file: the user's tokenizer with the marks behind its tokens, or one whose words are ids."""
+    files = source.tokenizer_files()
+    file = next(
+        (files[name] for name in (HUGGINGFACE_FILE, SENTENCEPIECE_FILE) if name in files), source.tokenizer
+    )
+    if isinstance(file, Path):
+        return dict([with_marks(file, config.num_text_tokens, config.marks)])
+    return dict([number_tokenizer(config.num_text_tokens, config.marks)])
 
 
 def _left_out(tensors: Mapping[str, TensorInfo], prefix: str) -> list[Entry]:

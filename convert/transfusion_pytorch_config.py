@@ -76,8 +76,8 @@ def _modalities(arguments: Mapping[str, Any], dim: int) -> list[dict[str, Any]]:
     latents = _each(arguments.get("dim_latent") or dim, None)
     count = len(latents)
     shapes = arguments.get("modality_default_shape")
-    flat = shapes is None or all(isinstance(n, int) for n in shapes)
-    per_kind = [shapes] * count if flat else list(shapes)
+    one = shapes is None or all(isinstance(n, int) for n in shapes)
+    per_kind: list[Any] = [shapes] * count if one else [*(shapes or ())]
     axes = arguments.get("modality_num_dim")
     lengths = (
         [None if shape is None else len(shape) for shape in per_kind] if axes is None else _each(axes, count)

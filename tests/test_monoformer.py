@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,12 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
+from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.events import Painted, Token
 from mlx_transfusion.images import load_pixels
+from mlx_transfusion.interleave import complete, describe
+from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.models import ddpm
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.monoformer import MonoFormer
@@ -22,15 +28,17 @@ from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.painting import paint, prefill
 from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.text_to_image import generate_images
 
 try:
+    from mlx_transfusion.convert import families, sources, table
     from mlx_transfusion.convert import monoformer as convert
-    from mlx_transfusion.convert import sources, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
+    from convert import families, sources, table
     from convert import monoformer as convert
-    from convert import sources, table
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CODER = FIXTURES / "kl-sd"
 TOLERANCE = 1e-4
 """Of the goldens, absolute; relative to the largest value where the random network's samples grow."""
 
@@ -43,12 +51,18 @@ class Golden(NamedTuple):
     folder: Path
 
 
+def foreign(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a golden and of its autoencoder, by the names of the plan."""
+    coder = mx.load(str(CODER / "model.safetensors"))
+    return mx.load(str(folder / "model.safetensors")) | {f"{convert.CODER}{n}": x for n, x in coder.items()}
+
+
 def load_golden(name: str) -> Golden:
     folder = FIXTURES / name
-    plan = convert.plan(sources.Source(folder))
+    plan = convert.plan(sources.Source(folder, autoencoder=CODER))
     config = MonoFormerConfig.from_dict(json.loads(json.dumps(plan.config)))
     model = MonoFormer(config)
-    weights = table.forward(plan.entries, mx.load(str(folder / "model.safetensors")))
+    weights = table.forward(plan.entries, foreign(folder))
     model.load_weights(list(weights.items()))
     model.eval()
     return Golden(model, mx.load(str(folder / "io.safetensors")), folder)
@@ -126,7 +140,7 @@ def test_text_in_a_padded_batch_and_piece_by_piece(golden: Golden) -> None:
 
 def test_parts_of_the_picture(golden: Golden) -> None:
     model, io = golden.model, golden.io
-    time = model.time(io["gen.t"])
+    time = model.t_embedder(io["gen.t"])
     assert_close(time, io["gen.time_embed"])
     assert_close(model._time_token(time)[:, 0], io["gen.time_token"])
     embedded = model.x_embedder(patches(io["gen.x_t"]))
@@ -157,7 +171,7 @@ def test_logits_behind_a_noisy_picture(golden: Golden) -> None:
     """The golden's row goes on behind the picture; ours does so for a picture at step 0 only: read by hand."""
     model, io = golden.model, golden.io
     start, end = np.array(io["gen.image_token_spans"])[0].tolist()
-    time = model.time(io["gen.t"][:1])
+    time = model.t_embedder(io["gen.t"][:1])
     tokens = mx.concatenate([model._time_token(time), model._noisy_tokens(patches(io["gen.x_t"]))], 1)
     cache = caches(golden).select([0])
     hidden = model._read(tokens, np.ones(tokens.shape[:2], bool), cache, store=True, picture=1)
@@ -332,7 +346,7 @@ def test_extend_image_is_a_picture_at_step_0(golden: Golden) -> None:
     ids = [[model.config.eoi_token_id, 5, 7]]
     logits = model.extend_text(np.array(ids), np.array([3]), cache)
     text = model.embed_tokens(mx.array([prefixes(golden)[0]]))
-    picture = mx.concatenate([model._time_token(model.time(mx.zeros(1))), model._noisy_tokens(x0)], 1)
+    picture = mx.concatenate([model._time_token(model.t_embedder(mx.zeros(1))), model._noisy_tokens(x0)], 1)
     whole = mx.concatenate([text, picture, model.embed_tokens(mx.array(ids))], 1)
     n, start, end = whole.shape[1], tokens + 1, tokens + 1 + len(x0[0])
     mask = np.tril(np.ones((n, n), bool))
@@ -396,3 +410,135 @@ def test_prefixes(golden: Golden) -> None:
     assert prefixes(golden)[1] == golden.model.image_prefix([])
     assert golden.model.guide([[1, 5, 6, config.boi_token_id]]).lengths.tolist() == [2]
     assert golden.model.prompt_text("goldfish") == "Please generate an image of goldfish."
+
+
+# ---- converting ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of 100 words, among them those of a prompt and a label."""
+    words = ["<unk>", "<s>", "</s>", "Please", "generate", "an", "image", "of", "goldfish", "shark", "."]
+    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(89))])}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    data = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model, "added_tokens": []}
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    file.write_text(json.dumps(data))
+    return file
+
+
+def converted(golden: Golden, tokenizer: Path, output: Path, *arguments: object) -> Loaded:
+    command = [
+        "convert",
+        golden.folder,
+        "-o",
+        output,
+        "--tokenizer",
+        tokenizer,
+        "--autoencoder",
+        CODER,
+        *arguments,
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in command])
+    assert exit_.value.code == 0
+    return load(output)
+
+
+def test_convert_and_back_gives_equal_bits(golden: Golden) -> None:
+    plan = convert.plan(sources.Source(golden.folder, autoencoder=CODER))
+    tensors = foreign(golden.folder)
+    back = table.restore(plan.entries, table.forward(plan.entries, tensors))
+    unused = {e.source: e.reason for e in plan.entries if e.target is None and not e.optional}
+    assert back.keys() | unused.keys() == tensors.keys()
+    assert not back.keys() & unused.keys()
+    last = golden.model.config.vision.num_hidden_layers - 1 if golden.model.config.vision else None
+    assert all(f"layers.{last}." in name or "post_layernorm" in name for name in unused)
+    assert all("CLIP's last layer" in reason for reason in unused.values())
+    assert bool(unused) == (last is not None)
+    for name, value in back.items():
+        assert np.array(value).tobytes() == np.array(tensors[name]).tobytes(), name
+
+
+def test_convert_load_and_generate(golden: Golden, tokenizer: Path, tmp_path: Path) -> None:
+    loaded = converted(golden, tokenizer, tmp_path / "out")
+    settings = GenerationSettings(steps=2, guidance=1.5)
+    image = generate_images(loaded, "goldfish", 3, settings)[0]
+    assert image.pixels.shape == (32, 32, 3)
+    sentence = loaded.tokenizer.encode("Please generate an image of goldfish.")
+    x = paint(golden.model, [golden.model.image_prefix(sentence)], [3], settings)
+    np.testing.assert_allclose(image.pixels / 255.0, np.array(golden.model.decode(x)[0]), atol=0.51 / 255)
+
+
+def test_pictures_pass_the_autoencoder(golden: Golden) -> None:
+    """encode is diffusers' mean times 0.18215, and decode takes what it gives."""
+    pixels = mx.load(str(CODER / "io.safetensors"))["image"][..., :32]
+    x = golden.model.encode((pixels.transpose(0, 2, 3, 1) + 1) / 2)
+    assert x.shape[1:] == golden.model.latent_shape
+    coder = golden.model.autoencoder
+    mean = coder.encode(pixels.transpose(0, 2, 3, 1)).mean
+    assert_close(x, patchify(mean * 0.18215, 2))
+    assert_close(golden.model.decode(x), mx.clip((coder.decode(mean) + 1) / 2, 0, 1))
+
+
+def test_describe_with_clip(clip: Golden, tokenizer: Path, tmp_path: Path) -> None:
+    loaded = converted(clip, tokenizer, tmp_path / "out")
+    image = np.array(clip.io["und.image"]).astype(np.uint8)
+    assert isinstance(describe(loaded, image, settings=GenerationSettings(max_tokens=5)), str)
+
+
+def test_text_goes_on_behind_a_painted_picture(golden: Golden, tokenizer: Path, tmp_path: Path) -> None:
+    """The model is made to open a picture: the row of its text head for BOI points where the prompt leads."""
+    loaded = converted(golden, tokenizer, tmp_path / "out")
+    head = loaded.model.lm_head.weight
+    config = loaded.config
+    assert isinstance(config, MonoFormerConfig)
+    hidden = loaded.model._read(
+        loaded.model.embed_tokens(mx.array([[config.bos_token_id, 3]])), np.ones((1, 2), bool),
+        loaded.model.new_cache(1), store=False,
+    )[0, -1]  # fmt: skip
+    rows = np.array(head)
+    rows[config.boi_token_id] = 100 * np.array(hidden)
+    loaded.model.lm_head.weight = mx.array(rows)
+    settings = GenerationSettings(max_tokens=4, max_images=1, steps=2, temperature=0)
+    events = list(complete(loaded, "Please", settings=settings))
+    assert isinstance(events[0], Painted)
+    assert any(isinstance(event, Token) for event in events[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_t_embed": "add_to_patches"}, "decoder_t_embed"),
+        ({"learn_sigma": False}, "learn_sigma"),
+        ({"image_token_index": "161"}, "expected a whole number"),
+        ({"num_attention_heads": 5}, "even multiple"),
+        ({"vision_encoder": "dino"}, 'only "clip"'),
+    ],
+)
+def test_configs_that_our_model_is_not(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(FIXTURES / "monoformer", folder)
+    data = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=message):
+        convert.plan(sources.Source(folder, autoencoder=CODER))
+
+
+def test_an_autoencoder_is_asked_for() -> None:
+    with pytest.raises(UserError, match="--autoencoder"):
+        convert.plan(sources.Source(FIXTURES / "monoformer"))
+    model = MonoFormer(dataclasses.replace(load_golden("monoformer").model.config, autoencoder=None))
+    with pytest.raises(UserError, match="converted without an autoencoder"):
+        model.decode(mx.zeros((1, *model.latent_shape)))
+
+
+def test_the_family_is_found(golden: Golden) -> None:
+    assert families.find(sources.Source(golden.folder)).name == "monoformer"
+
+
+def test_config_survives_json(golden: Golden) -> None:
+    config = golden.model.config
+    assert MonoFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="unknown key"):
+        MonoFormerConfig.from_dict(config.to_dict() | {"heads": 3})

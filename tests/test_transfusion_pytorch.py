@@ -11,11 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_transfusion.cli import main
+from mlx_transfusion.events import Token
+from mlx_transfusion.interleave import complete
+from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.lucidrains import Lucidrains
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig
-from mlx_transfusion.painting import prefill
+from mlx_transfusion.painting import paint, prefill
 from mlx_transfusion.sampling import guided
+from mlx_transfusion.settings import GenerationSettings
 
 try:
     from mlx_transfusion.convert import sources, table
@@ -177,3 +182,58 @@ def test_sampling(golden: Golden, scale: int) -> None:
     for ours, theirs in zip(trajectory, golden.latents(f"{name}.trajectory"), strict=True):
         assert_close(ours[0], theirs, 5)
     assert_close(x, golden.latents(f"{name}.image"), 5)
+
+
+# ---- converting ---------------------------------------------------------------------------------------------
+
+
+def converted(source: Path, output: Path, *arguments: object) -> Loaded:
+    run_command("convert", source, "--output", output, *arguments)
+    return load(output)
+
+
+def run_command(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert exit_.value.code == 0
+
+
+def test_convert_and_back_gives_equal_bits(golden: Golden) -> None:
+    plan = convert.plan(sources.Source(golden.folder))
+    tensors = mx.load(str(golden.folder / "model.safetensors"))
+    ours = table.forward(plan.entries, tensors)
+    back = table.restore(plan.entries, ours)
+    assert back.keys() == tensors.keys()  # every tensor is used
+    for name, value in tensors.items():
+        assert np.array(back[name]).tobytes() == np.array(value).tobytes(), name
+
+
+def test_convert_load_and_paint(golden: Golden, tmp_path: Path) -> None:
+    """Without a tokenizer a prompt is ids; the converted model's latents are those of the plain functions."""
+    loaded = converted(golden.folder, tmp_path / "out")
+    prompt = golden.io["sample.prompt"].tolist()
+    ids = loaded.tokenizer.encode(" ".join(map(str, prompt)))
+    assert ids == prompt
+    config = loaded.config
+    assert isinstance(config, LucidrainsConfig)
+    assert loaded.tokenizer.vocab_size == config.vocab_size
+    settings = GenerationSettings(sampler="midpoint", spacing="flow", steps=3, guidance=3.0)
+    prefix = loaded.pictures.image_prefix(ids)
+    x = paint(loaded.pictures, [prefix, prefix[:3] + prefix[4:]], [5, 6], settings)
+    assert x.shape == (2, *loaded.pictures.latent_shape)
+    assert_close(x[:1], paint(golden.model, [prefix], [5], settings), 5)
+    text = "".join(
+        event.text
+        for event in complete(loaded, "1 2 3", settings=GenerationSettings(max_tokens=4, max_images=0))
+        if isinstance(event, Token)
+    )
+    assert all(0 <= int(word) < config.num_text_tokens for word in text.split())
+
+
+def test_a_prompt_that_is_no_ids(golden: Golden, tmp_path: Path) -> None:
+    loaded = converted(golden.folder, tmp_path / "out")
+    assert loaded.tokenizer.encode("a cat, 3;4") == [3, 4]
+    assert loaded.tokenizer.encode("a cat") == []
+    c = golden.model.config
+    assert loaded.tokenizer.encode(f"1 {c.num_text_tokens}") in ([1], [1, c.sos_id])
+    assert loaded.tokenizer.decode([3, 4, c.meta_id, c.sos_id]).split() == ["3", "4"]

@@ -125,6 +125,15 @@ class LucidrainsConfig:
         """Rows of the text head."""
         return self.meta_id + 1 + CHARACTERS
 
+    @property
+    def marks(self) -> list[str]:
+        """Names of all tokens behind the text's, in their order."""
+        kinds = range(len(self.modalities))
+        return [
+            "<|sos|>", "<|eos|>", "<|null|>", *(f"<|som {i}|>" for i in kinds), *(f"<|eom {i}|>" for i in kinds),
+            "<|meta|>", *(f"<|character {i}|>" for i in range(CHARACTERS)),
+        ]  # fmt: skip
+
     def opening(self, kind: int, shape: tuple[int, ...]) -> list[int]:
         """What stands before the tokens of a modality of that shape: meta, "h,w" in characters, begin."""
         characters = [self.meta_id + 1 + ord(c) for c in ",".join(map(str, shape))]
@@ -143,7 +152,10 @@ class LucidrainsConfig:
 
     @property
     def layout(self) -> Layout:
-        """BOS, text, meta and shape, begin picture end, EOS."""
+        """BOS, text, meta and shape, begin picture end, EOS.
+
+        A shape is written like text, and every picture painted has the default one, as in the package.
+        """
         shape = self.modalities[self.painted].shape or ()
         boi, eos = self.som_id(self.painted), self.sos_id + 1
         return Layout(
@@ -151,7 +163,7 @@ class LucidrainsConfig:
             eos=(eos,),
             boi=boi,
             eoi=self.eom_id(self.painted),
-            banned=tuple(i for i in range(self.sos_id, self.vocab_size) if i not in (eos, boi)),
+            banned=(self.sos_id, self.null_id, *(i for i in range(self.som_id(0), self.meta_id) if i != boi)),
             picture_tokens=prod(shape) + len(self.opening(self.painted, shape)) + 1,
             max_position=self.max_position,
         )

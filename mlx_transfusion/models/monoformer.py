@@ -24,23 +24,25 @@ import numpy as np
 from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models import ddpm
+from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.clip_vision import ClipVision
 from mlx_transfusion.models.family import Family, PictureFamily
-from mlx_transfusion.models.layers import Block, silu
+from mlx_transfusion.models.layers import Block
+from mlx_transfusion.models.llama import text_mask
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 from mlx_transfusion.models.monoformer_parts import (
     FinalLayer,
+    TimeEmbedder,
     TwoLayers,
-    attention_mask,
-    gelu,
+    picture_mask,
     position_sines,
 )
+from mlx_transfusion.models.patches import patchify, unpatchify
 
-TIME_WIDTH = 256
-"""Sines and cosines of a time step; it does not follow the model's width."""
 FIRST_CHANNELS = 3
 """Official guidance moves these channels of the latent and leaves the others as the prompt alone gives them."""
+NO_VISION = "this MonoFormer has no vision encoder and cannot read pictures: it only paints them"
 
 
 class MonoFormer(PictureFamily):
@@ -56,13 +58,15 @@ class MonoFormer(PictureFamily):
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
-        self.t_embedder = TwoLayers(TIME_WIDTH, d)
+        self.t_embedder = TimeEmbedder(d)
         self.t_projector = TwoLayers(d, d)
         self.x_embedder = nn.Linear(config.patch_dim, d)
         self.final_layer = FinalLayer(d, 2 * config.patch_dim)
         if config.vision is not None:
             self.vision = ClipVision(config.vision)
             self.im_embedder = TwoLayers(config.vision.hidden_size, d)
+        if config.autoencoder is not None:
+            self.autoencoder = AutoencoderKL(config.autoencoder)
 
     @property
     def config(self) -> MonoFormerConfig:
@@ -73,17 +77,10 @@ class MonoFormer(PictureFamily):
 
     def predict(self, x: mx.array, step: mx.array, cache: KVCache) -> tuple[mx.array, mx.array]:
         """Noise and variance values, each [B, N, P], of x [B, N, P] at time steps [B] (0..999) behind the cache."""
-        time = self.time(step)
+        time = self.t_embedder(step)
         tokens = mx.concatenate([self._time_token(time), self._noisy_tokens(x)], 1)
         hidden = self._read(tokens, np.ones(tokens.shape[:2], bool), cache, store=False, picture=1)
         return self.noise_and_variance(hidden[:, 1:], time)
-
-    def time(self, step: mx.array) -> mx.array:
-        """Time steps [B], 0..999 and fractions -> [B, D]."""
-        half = TIME_WIDTH // 2
-        waves = step.astype(mx.float32)[:, None] * mx.exp(-np.log(10000) * mx.arange(half) / half)
-        waves = mx.concatenate([mx.cos(waves), mx.sin(waves)], -1)
-        return self.t_embedder(waves.astype(self._dtype), silu)
 
     def noise_and_variance(self, hidden: mx.array, time: mx.array) -> tuple[mx.array, mx.array]:
         """Hidden states [B, N, D] of the patches and the time [B, D] -> each [B, N, P]."""
@@ -133,25 +130,22 @@ class MonoFormer(PictureFamily):
         return True
 
     @property
-    def picture_channels(self) -> int:
-        """Of the latent, which another network decodes."""
-        return self.config.latent_channels
-
-    @property
     def latent_shape(self) -> tuple[int, int]:
         """(patches of a picture, latent numbers in a patch)."""
         return self.config.grid**2, self.config.patch_dim
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.config.latent_size, self.config.latent_size
+        """(height, width). Raises UserError for a model without an autoencoder."""
+        side = self.config.latent_size * self._autoencoder.config.factor
+        return side, side
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """What CLIP reads."""
-        vision = self.config.vision
-        return self.picture_size if vision is None else (vision.image_size, vision.image_size)
+        """What CLIP reads. Raises UserError for a checkpoint without CLIP."""
+        if self.config.vision is None:
+            raise UserError(NO_VISION)
+        return self.config.vision.image_size, self.config.vision.image_size
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` rows."""
@@ -180,7 +174,7 @@ class MonoFormer(PictureFamily):
 
         Official training has no text behind such a picture, so what is written there was never learned.
         """
-        time = self.time(mx.zeros(len(x0)))
+        time = self.t_embedder(mx.zeros(len(x0)))
         tokens = mx.concatenate([self._time_token(time), self._noisy_tokens(x0)], 1)
         self._read(tokens, np.ones(tokens.shape[:2], bool), cache, store=True, picture=1)
 
@@ -204,16 +198,25 @@ class MonoFormer(PictureFamily):
         Raises UserError for a checkpoint without CLIP.
         """
         if "vision" not in self:
-            raise UserError(
-                "this MonoFormer has no vision encoder and cannot read pictures: it only paints them"
-            )
-        time = self._time_token(self.time(mx.zeros(len(pixels))))
-        return mx.concatenate([time, self.im_embedder(self.vision(pixels), gelu)], 1)
+            raise UserError(NO_VISION)
+        time = self._time_token(self.t_embedder(mx.zeros(len(pixels))))
+        return mx.concatenate([time, self.im_embedder(self.vision(pixels))], 1)
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [0, 1] -> normalised latents (the means of their distributions) in patches."""
+        coder = self._autoencoder
+        return patchify(coder.normalize(coder.encode(pixels * 2 - 1).mean), self.config.patch_size)
+
+    def decode(self, patches: mx.array) -> mx.array:
+        """Normalised latents [B, N, P] -> pixels [B, H, W, 3], clipped to [0, 1]."""
+        c, coder = self.config, self._autoencoder
+        z = unpatchify(patches, c.latent_size, c.latent_size, c.patch_size)
+        return mx.clip((coder.decode(coder.denormalize(z)) + 1) / 2, 0, 1)
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
     def _time_token(self, time: mx.array) -> mx.array:
-        return self.t_projector(time, gelu)[:, None]
+        return self.t_projector(time)[:, None]
 
     def _noisy_tokens(self, x: mx.array) -> mx.array:
         tokens = self.x_embedder(x.astype(self._dtype))
@@ -226,15 +229,24 @@ class MonoFormer(PictureFamily):
 
         picture: from this one on they are patches of one picture.
         """
-        if not self.config.picture_attention:
-            picture = None
-        mask, added = attention_mask(cache, new, picture), []
+        bidirectional = picture is not None and self.config.picture_attention
+        mask = picture_mask(cache, new, picture or 0) if bidirectional else text_mask(cache, new)
+        added = []
         for layer, past in zip(self.layers, cache.layers, strict=True):
             x, pair = layer(x, mask, cache.offset(), past)
             added.append(pair)
         if store:
             cache.append(added, new)
         return self.norm(x)
+
+    @property
+    def _autoencoder(self) -> AutoencoderKL:
+        if "autoencoder" not in self:
+            raise UserError(
+                "this MonoFormer was converted without an autoencoder and cannot paint: convert it again with "
+                "--autoencoder DIR, the folder of stabilityai/sd-vae-ft-mse"
+            )
+        return self.autoencoder
 
     @property
     def _dtype(self) -> mx.Dtype:

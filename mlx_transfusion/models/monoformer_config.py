@@ -9,6 +9,7 @@ from typing import Any
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.clip_vision import ClipVisionConfig
 
 
@@ -43,6 +44,8 @@ class MonoFormerConfig:
     prompt_format: str = "Please generate an image of {prompt}."
     """The text that is tokenised for a prompt to paint, as in training."""
     vision: ClipVisionConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+    """Without one the model paints latents, which nothing here makes a picture of."""
 
     hidden_act = "silu"
     qk_norm = False
@@ -64,6 +67,11 @@ class MonoFormerConfig:
             raise UserError(
                 f"model config: hidden_size {self.hidden_size} must be a multiple of 4, and latent_size "
                 f"{self.latent_size} of patch_size {self.patch_size}"
+            )
+        if self.autoencoder is not None and self.autoencoder.latent_channels != self.latent_channels:
+            raise UserError(
+                f"model config: the autoencoder has {self.autoencoder.latent_channels} latent channels and the model "
+                f"paints {self.latent_channels}: use the one it was trained with (stabilityai/sd-vae-ft-mse)"
             )
         if "{prompt}" not in self.prompt_format:
             raise UserError('model config: prompt_format must hold "{prompt}"')

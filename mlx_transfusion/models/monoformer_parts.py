@@ -5,27 +5,44 @@ Shapes: B rows, T positions, D width, N patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.layers import Mask, silu
+from mlx_transfusion.models.layers import silu
+
+TIME_WIDTH = 256
+"""Sines and cosines of a time step; it does not follow the model's width."""
 
 
 class TwoLayers(nn.Module):
-    """Two linear layers with a nonlinearity between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, out)
         self.fc2 = nn.Linear(out, out)
 
-    def __call__(self, x: mx.array, act: Callable[[mx.array], mx.array]) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
         """[..., width] -> [..., out]."""
-        return self.fc2(act(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class TimeEmbedder(nn.Module):
+    """A time step as sines and cosines, then two layers."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(TIME_WIDTH, d)
+        self.fc2 = nn.Linear(d, d)
+
+    def __call__(self, step: mx.array) -> mx.array:
+        """Time steps [B], 0..999 and fractions -> [B, D]."""
+        half = TIME_WIDTH // 2
+        waves = step.astype(mx.float32)[:, None] * mx.exp(-np.log(10000) * mx.arange(half) / half)
+        waves = mx.concatenate([mx.cos(waves), mx.sin(waves)], -1)
+        return self.fc2(silu(self.fc1(waves.astype(self.fc1.weight.dtype))))
 
 
 class FinalLayer(nn.Module):
@@ -56,19 +73,13 @@ def position_sines(grid: int, d: int) -> mx.array:
     return mx.array(np.concatenate([columns, rows], 1).astype(np.float32))
 
 
-def attention_mask(cache: KVCache, new: np.ndarray, picture: int | None) -> Mask:
-    """Causal among the new tokens and open to all that is valid in the cache; the cheap forms where they serve.
+def picture_mask(cache: KVCache, new: np.ndarray, picture: int) -> mx.array:
+    """What the new tokens see, bool [B, 1, T, S + T]: as text_mask, and those from `picture` on see each other.
 
-    new: which tokens are real, bool [B, T]. picture: tokens from this one on see each other.
+    new: which of them are real, bool [B, T].
     """
     t, s = new.shape[1], cache.valid.shape[1]
-    if picture is None and new.all() and cache.valid.all():
-        return None if t == 1 else "causal"
     among = np.tril(np.ones((t, t), bool))
-    if picture is not None:
-        among[picture:, picture:] = True
+    among[picture:, picture:] = True
     seen = np.concatenate([np.ones((t, s), bool), among], 1)
-    mask = seen & cache.visible(new)[:, None]
-    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
-    mask |= np.eye(t, s + t, s, dtype=bool)
-    return mx.array(mask[:, None])
+    return mx.array((seen & cache.visible(new)[:, None])[:, None])

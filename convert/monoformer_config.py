@@ -1,0 +1,105 @@
+"""MonoFormer's config.json, and CLIP's beside it (monoformer.py), as a config of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion.config import from_dict
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.models.clip_vision import ClipVisionConfig
+from mlx_transfusion.models.monoformer_config import MonoFormerConfig
+
+from .sources import Source
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "decoder_t_embed": ("add_before_image_tokens",),
+    "use_adaln_final_layer": (True,),
+    "add_pos_embed_each_layer": (False, None),
+    "use_hybrid_attn_mask": (False, None),
+    "learn_sigma": (True,),
+    "tie_word_embeddings": (False, None),
+    "attention_bias": (False, None),
+    "rope_scaling": (None,),
+    "hidden_act": ("silu", None),
+}
+"""What the model file knows, of the official code's choices. None: the key is missing."""
+VAE_FACTOR = 8
+"""Pixels of a picture for one of its latent."""
+
+
+def read_config(source: Source) -> MonoFormerConfig:
+    """Our config of a foreign folder. Raises UserError for what our model file does not know and for missing keys."""
+    file, data = source.folder / "config.json", source.json()
+    for key, known in FIXED.items():
+        if data.get(key) not in known:
+            raise UserError(f"{file}: {key} is {data.get(key)!r}, and only {known[0]!r} can be converted")
+    image = _number(data, "image_token_index", file)
+    tensors = source.open().tensors
+    words = tensors["model.embed_tokens.weight"].shape[0] if "model.embed_tokens.weight" in tensors else 0
+    fields = {
+        name: data[name] for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings") if name in data
+    }
+    size = _number(data, "image_size", file)
+    heads = _number(data, "num_attention_heads", file)
+    return MonoFormerConfig(
+        vocab_size=words or _number(data, "vocab_size", file),
+        hidden_size=_number(data, "hidden_size", file),
+        num_hidden_layers=_number(data, "num_hidden_layers", file),
+        num_attention_heads=heads,
+        num_key_value_heads=data.get("num_key_value_heads") or heads,
+        intermediate_size=_number(data, "intermediate_size", file),
+        bos_token_id=_number(data, "bos_token_id", file),
+        eos_token_id=_number(data, "eos_token_id", file),
+        pad_token_id=image - 1,
+        image_token_id=image,
+        boi_token_id=image + 1,
+        eoi_token_id=image + 2,
+        latent_size=size // VAE_FACTOR,
+        latent_channels=_number(data, "in_channels", file),
+        patch_size=_number(data, "patch_size", file),
+        position_sines=bool(data.get("use_pos_embed", True)),
+        picture_attention=bool(data.get("use_bi_attn_img_tokens", True)),
+        vision=_read_vision(source, data),
+        **fields,
+    )
+
+
+def _number(data: dict[str, Any], key: str, file: Path) -> int:
+    value = data.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{file}: {key} is {value!r}, expected a whole number")
+    return value
+
+
+def _read_vision(source: Source, data: dict[str, Any]) -> ClipVisionConfig | None:
+    """CLIP's sizes, from the folder that the config names, inside SOURCE."""
+    if data.get("vision_encoder") is None:
+        return None
+    file, folder = source.folder / "config.json", str(data.get("vision_encoder_path") or "")
+    if data["vision_encoder"] != "clip":
+        raise UserError(
+            f'{file}: vision_encoder is {data["vision_encoder"]!r}, and only "clip" can be converted'
+        )
+    name = next((n for n in (f"{folder}/config.json", "clip/config.json") if source.has(n)), None)
+    if name is None:
+        raise UserError(f"{file}: the sizes of CLIP are missing: put its folder into {source.folder} as clip")
+    clip = source.json(name)
+    clip = clip.get("vision_config", clip)
+    if clip.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise UserError(
+            f'{source.folder / name}: hidden_act is {clip["hidden_act"]!r}, expected "quick_gelu"'
+        )
+    keys = (
+        "image_size",
+        "patch_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
+    fields = {key: _number(clip, key, source.folder / name) for key in keys}
+    fields |= {"layer_norm_eps": clip["layer_norm_eps"]} if "layer_norm_eps" in clip else {}
+    said = source.json(str(Path(name).with_name("preprocessor_config.json")))
+    fields |= {key: said[key] for key in ("image_mean", "image_std") if key in said}
+    return from_dict(ClipVisionConfig, fields, str(source.folder / name))
