@@ -1,8 +1,8 @@
 """Llama and its relatives as Hugging Face, mlx-lm and llama.cpp store them: folders, and single GGUF files.
 
 Our parameter names are Hugging Face's, so the table is the identity but for GGUF, which has names of its own and, of
-its "llama" architecture, stores rotary pairs of q and k side by side: their rows go back into two halves. Matrices that
-are quantised already stay as they are.
+its "llama" architecture, stores rotary pairs of q and k side by side: their rows go back into two halves. Matrices
+that are quantised already stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .gguf_tokenizer import tokenizer_files
 from .llama_config import KINDS, read_config, read_gguf
 from .quantize import stored_parts
 from .sources import GGUF, Source
-from .table import IDENTITY, Card, Converter, Entry, Plan, rope_rows, unused, vector
+from .table import IDENTITY, Card, Converter, Entry, Plan, Shape, rope_rows, unused, vector
 
 FAMILY = "llama"
 GROUP = 32
@@ -118,7 +118,7 @@ def _matrix(m: Module, source: str, setting: Setting | None, head_dim: int) -> I
         return rope_rows(m.heads, head_dim, *rest) if m.heads and head_dim else IDENTITY
 
     shape = (m.rows, m.columns)
-    parts = [("weight", shape, mx.float32)]
+    parts: list[tuple[str, Shape, mx.Dtype]] = [("weight", shape, mx.float32)]
     if setting is not None:
         parts = stored_parts(shape, mx.float16, dict(setting))
     for part, size, dtype in parts:

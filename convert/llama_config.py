@@ -22,8 +22,8 @@ from .sources import Source
 KINDS = ("llama", "qwen2", "qwen3")
 """`model_type` of config.json and `general.architecture` of GGUF."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-OPTIONAL = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "attention_bias", "mlp_bias",
-            "tie_word_embeddings", "rope_traditional")  # fmt: skip
+OPTIONAL = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "attention_bias",
+            "mlp_bias", "tie_word_embeddings", "rope_traditional")  # fmt: skip
 OWN_SCALING = (
     "rope_type",
     "factor",
@@ -31,6 +31,8 @@ OWN_SCALING = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+"""How tokens are written that end a text or a turn; a GGUF file names only one of them by its id."""
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 
 
@@ -135,7 +137,8 @@ def read_gguf(file: GGUFFile) -> LlamaConfig:
 
     embedding = file.tensors.get("token_embd.scales") or file.tensors.get("token_embd.weight")
     tokens = data.get("tokenizer.ggml.tokens") or ()
-    ids = {key: data.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
+    ids = {key: data.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding")}
+    ends = [ids["eos"], *(i for i, token in enumerate(tokens) if token in ENDS)]
     fields: dict[str, Any] = {
         "vocab_size": embedding.shape[0] if embedding else len(tokens),
         "hidden_size": own("embedding_length"),
@@ -152,7 +155,7 @@ def read_gguf(file: GGUFFile) -> LlamaConfig:
         "tie_word_embeddings": not {"output.weight", "output.scales"} & file.tensors.keys(),
         "bos_token_id": ids["bos"],
         "pad_token_id": ids["padding"],
-        "eos_token_id": list(dict.fromkeys(ids[k] for k in ("eos", "eot") if ids[k] is not None)),
+        "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)),
         "add_bos_token": adds_bos(data),
     }
     config = from_dict(LlamaConfig, {k: v for k, v in fields.items() if v is not None}, where)
