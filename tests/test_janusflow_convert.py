@@ -40,14 +40,13 @@ from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import build, flat_parameters, load
 from mlx_transfusion.models.convnext import ConvNextConfig
 from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
-from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 from mlx_transfusion.settings import GenerationSettings
 
 try:
-    from mlx_transfusion.convert import janusflow_config, sources
+    from mlx_transfusion.convert import janusflow_config, sources, synthetic
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import janusflow_config, sources  # type: ignore[no-redef]
+    from convert import janusflow_config, sources, synthetic  # type: ignore[no-redef]
 
 Cli = Callable[..., Any]
 TOKENIZER = tokenizer().to_str()
@@ -89,14 +88,13 @@ def test_the_table_holds_every_tensor_and_gives_its_bits_back() -> None:
     assert left == {name for name in weights() if ".attn_pool." in name}
 
 
-def test_the_public_sizes_come_out_of_the_same_table() -> None:
-    """Parameters of the published 1.3B: 4.09 GB of bfloat16, and the two parts of the paper's count."""
-    public = replace(
-        config(),
-        text=LlamaConfig(102400, 2048, 5632, 24, 16, max_position_embeddings=16384),
-        vision=SiglipConfig(384, 16, 1024, 24, 16, 4096),
-        painting=ConvNextConfig(latent_channels=4, latent_size=48, patch_size=2, channels=768, blocks=2),
-    )
+def test_the_public_sizes_come_out_of_the_same_table(tmp_path: Path) -> None:
+    """Parameters of the published 1.3B: 4.09 GB of bfloat16, and its picture encoder's and decoder's own counts."""
+    folder = official_folder(tmp_path / "public")
+    (folder / "config.json").write_text(json.dumps(public_config()))
+    public = janusflow_config.read_config(sources.Source(folder))
+    assert public.vision == SiglipConfig(384, 16, 1024, 24, 16, 4096)
+    assert public.painting == ConvNextConfig(4, latent_size=48, patch_size=2, channels=768, blocks=2)
     entries = [e for e in janusflow.entries(public) if not e.optional]
 
     def count(part: str) -> int:
@@ -124,19 +122,6 @@ def test_the_official_config_is_read(official: Path) -> None:
     words = tokenizer()
     assert words.decode(before).endswith("natural language.\n\nUser: ")
     assert words.decode(after) == "\nDescribe this image in detail.\n\nAssistant:"
-
-
-def test_the_public_config_names_its_vision_tower(tmp_path: Path) -> None:
-    folder = official_folder(tmp_path / "public")
-    data = json.loads((folder / "config.json").read_text())
-    data["vision_und_enc_config"]["params"] = {
-        "image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1,
-    }  # fmt: skip
-    del data["vision_gen_enc_config"]["params"]["latent_size"]
-    (folder / "config.json").write_text(json.dumps(data))
-    found = janusflow_config.read_config(sources.Source(folder))
-    assert found.vision == SiglipConfig(384, 16, 1024, 24, 16, 4096)
-    assert found.painting.latent_size == 48
 
 
 @pytest.mark.parametrize(
@@ -319,6 +304,43 @@ def test_quantised_it_still_paints_much_the_same(cli: Cli, official: Path, vae: 
     cache = model.prefill(ids, np.array([ids.shape[1]]))[1]
     expected = mx.moveaxis(golden()["gen.t250.v_cond"][:1], 1, -1)
     assert mx.abs(model.flow(z, mx.array([0.25]), cache) - expected).max().item() < 0.2
+
+
+def test_the_real_size_is_accounted_for_and_predicted(cli: Cli, tmp_path: Path) -> None:
+    """A checkpoint of the published sizes, made of holes: 4.09 GB of names and shapes, every one with its place."""
+    folder, vae = tmp_path / "JanusFlow-1.3B", tmp_path / "sdxl-vae"
+    official_folder(folder)
+    (folder / "config.json").write_text(json.dumps(public_config()))
+    vae.mkdir()
+    sizes = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "scaling_factor": 0.13025}
+    (vae / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "silu"} | sizes))
+    synthetic.write_zeros(synthetic.plan_from_config(folder, autoencoder=vae))
+    assert (folder / "model.safetensors").stat().st_size == pytest.approx(4.09e9, rel=1e-3)
+    result = cli("convert", folder, "--autoencoder", vae, "--dry-run", "--quantize", 4, "--json")
+    assert result.code == 0
+    said = json.loads(result.out)
+    assert said["tensors"]["in the checkpoint"] == said["tensors"]["used"] + 13  # the pooling head
+    assert 1.3e9 < said["weights"] < 1.5e9
+
+
+def public_config() -> dict[str, Any]:
+    """config.json with the sizes of the published 1.3B, which names its vision tower and no latent size."""
+    data = json.loads((FIXTURE / "config.json").read_text())
+    data["language_config"] = {
+        "model_type": "llama", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "max_position_embeddings": 16384,
+    }  # fmt: skip
+    data["vision_und_enc_config"]["params"] = {
+        "image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1,
+    }  # fmt: skip
+    data["vision_gen_enc_config"]["params"] |= {"block_out_channels": [768], "hidden_size": 2048}
+    data["vision_gen_dec_config"]["params"] |= {
+        "block_out_channels": [768],
+        "in_channels": 768,
+        "hidden_size": 2048,
+    }
+    return data
 
 
 # ---- bad input ----
