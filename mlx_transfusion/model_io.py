@@ -123,7 +123,7 @@ def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None =
         quantize_like(model, weights, extra["quantization"], str(path))
     check_weights(model, weights, str(path))
     model.load_weights(list(weights.items()))
-    if on_cpu and dequantize(model):
+    if on_cpu and dequantize(model, dtype):
         extra = {k: v for k, v in extra.items() if not k.startswith("quantization")}
     if dtype is not None:
         model.set_dtype(dtype)

@@ -39,13 +39,20 @@ def quantize(model: nn.Module, bits: int = 8, group_size: int = 64) -> nn.Module
     return model
 
 
-def dequantize(model: nn.Module) -> bool:
-    """Replace quantised layers by plain ones in place; returns whether there were any."""
+def dequantize(model: nn.Module, dtype: mx.Dtype | None = None) -> bool:
+    """Replace quantised layers by plain ones in place; returns whether there were any.
+
+    dtype: of the new weights, None for that of their scales. Products of float16 scales are not rounded to float16
+    on the way to float32.
+    """
     plain: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            scales, biases = module.scales, module.biases
+            if dtype is not None and module.mode == AFFINE:
+                scales, biases = scales.astype(dtype), biases.astype(dtype)
             weight = mx.dequantize(
-                module.weight, module.scales, module.biases, module.group_size, module.bits, mode=module.mode
+                module.weight, scales, biases, module.group_size, module.bits, mode=module.mode
             )
             rows, columns = weight.shape
             new: nn.Module
