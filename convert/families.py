@@ -9,7 +9,15 @@ from mlx_transfusion.errors import UserError
 from .sources import Source
 from .table import Converter
 
-FAMILIES: tuple[str, ...] = ("bagel", "janusflow", "monoformer", "llama", "transfusion_pytorch", "state_dict")
+FAMILIES: tuple[str, ...] = (
+    "bagel",
+    "janusflow",
+    "monoformer",
+    "llama",
+    "transfusion_pytorch",
+    "autoencoder",
+    "state_dict",
+)
 """Modules of this package that end with a `CONVERTER`, asked in this order: the most special first."""
 
 STRANGE = (

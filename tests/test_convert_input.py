@@ -254,6 +254,8 @@ def test_fuzzed_configs(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
     (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps(config))
     try:
-        module("run").plan_of(sources.Source(copy), module("quantize").Options())
+        module("run").plan_of(
+            sources.Source(copy, autoencoder=FIXTURES / "kl-sd"), module("quantize").Options()
+        )
     except UserError as error:
         clear(error)

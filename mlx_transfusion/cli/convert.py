@@ -45,7 +45,8 @@ def convert(
         DType | None, typer.Option(help="Of all other weights.", show_default="as they are")
     ] = None,
     autoencoder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The autoencoder, where SOURCE has none of its own.")
+        str | None,
+        typer.Option(metavar="DIR", help="The autoencoder (folder, file or hub id), where SOURCE has none."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="config.json", help="Of our own model, where SOURCE has none.")
@@ -66,19 +67,21 @@ def convert(
     Every tensor must have its place, else they are listed and nothing is written.
     """
     from mlx_transfusion.errors import UserError
+    from mlx_transfusion.model_path import display_name
 
     if output is None and not dry_run:
         raise UserError("--output is missing: name the new model folder, or look first with --dry-run")
     import mlx.core as mx
 
     convert_package = _package()
+    coder = None if autoencoder is None else convert_package.hub.locate(autoencoder)
     done = convert_package.run.plan_of(
         convert_package.sources.Source(
             convert_package.hub.locate(source),
-            source,
+            display_name(source, Path(source)),
             config=config,
             tokenizer=tokenizer,
-            autoencoder=autoencoder,
+            autoencoder=coder,
         ),
         convert_package.quantize.Options(quantize, group_size, getattr(mx, dtype) if dtype else None),
         family,
