@@ -14,7 +14,10 @@ from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.convert import convert
 from mlx_transfusion.cli.describe import describe
 from mlx_transfusion.cli.distill import distill
+from mlx_transfusion.cli.edit import edit
 from mlx_transfusion.cli.evaluate import evaluate
+from mlx_transfusion.cli.finetune import finetune
+from mlx_transfusion.cli.fuse import fuse
 from mlx_transfusion.cli.generate import generate
 from mlx_transfusion.cli.info import info
 from mlx_transfusion.cli.train import train
@@ -29,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (generate, describe, complete, convert, info, train, distill, evaluate):
+for verb in (generate, edit, describe, complete, convert, info, train, finetune, distill, evaluate, fuse):
     app.command()(verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(lora.app, name="lora")

@@ -1,0 +1,132 @@
+"""A fine-tune from its settings to the finished adapter, and what `--check` reports instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion import lora
+from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.finetune.config import FinetuneConfig, train_config
+from mlx_transfusion.finetune.data import UserData, read_user_data, write_rows
+from mlx_transfusion.finetune.memory import Estimate, check_memory, estimate
+from mlx_transfusion.lora_extract import base_name
+from mlx_transfusion.model_files import write_json
+from mlx_transfusion.model_io import load_config
+from mlx_transfusion.model_path import ADAPTER_CONFIG, is_adapter, resolve
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.config import TrainConfig
+from mlx_transfusion.training.rows import ImageRef
+
+AROUND = 2
+"""BOS and EOS of a document, and BOI and EOI of a picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before training starts."""
+
+    config: TrainConfig
+    data: UserData
+    estimate: Estimate
+    tokens: list[int]
+    """Of each caption or instruction."""
+
+    def report(self) -> dict[str, Any]:
+        """Counts, sizes, token lengths, what is skipped and what it takes, as plain data."""
+        d, t = self.data, self.tokens or [0]
+        return {
+            "rows": d.count,
+            "edits": d.edits,
+            "valid_rows": len(d.rows.get("valid", [])),
+            "pictures": sum(d.sizes.values()),
+            "sizes": dict(d.sizes.most_common()),
+            "modes": dict(d.modes.most_common()),
+            "tokens": {"least": min(t), "mean": round(sum(t) / len(t), 1), "most": max(t)},
+            "sequence_length": self.config.sequence_length,
+            "skipped": d.skipped,
+            "notes": d.notes,
+            "memory_gb": {k: round(v / 1e9, 3) for k, v in self.estimate.parts().items()},
+        }
+
+
+def make_plan(config: FinetuneConfig, write: bool = True) -> Plan:
+    """Read all data and work out the run; `write` puts the rows into the output folder, which training needs.
+
+    Raises UserError for a model that cannot be fine-tuned, for data without a usable row, and for bad settings.
+    """
+    model = load_config(config.model)
+    _check_model(config, model)
+    path = resolve(config.model)
+    tokenizer = Tokenizer.load(path)
+    data = read_user_data(Path(config.data), config.caption)
+    target = Path(config.output) / "rows"
+    rows = (
+        write_rows(data, target) if write else {split: target / "unused" for split in ("train", *data.rows)}
+    )
+    tokens = [len(tokenizer.encode(text)) for text in data.texts]
+    lengths = _lengths(data, tokenizer, model)
+    prior = None
+    if config.prior is not None:
+        past = read_user_data(Path(config.prior))
+        prior = write_rows(past, target / "prior")["train"] if write else target / "unused"
+        lengths += _lengths(past, tokenizer, model)
+    plan = train_config(config, model, rows, prior, lengths)
+    return Plan(plan, data, estimate(plan, model, Counter(lengths)), tokens)
+
+
+def finetune(
+    config: FinetuneConfig, plan: Plan | None = None, resume: bool = True, ignore_memory: bool = False
+) -> Path:
+    """Train and return the folder that holds the result: an adapter, or a whole model after type "full".
+
+    plan: of `make_plan`, when it is known already. Raises UserError for bad input and, unless `ignore_memory`, when
+    the machine has too little memory.
+    """
+    from mlx_transfusion.training.trainer import train
+
+    plan = plan or make_plan(config)
+    if not ignore_memory:
+        check_memory(plan.estimate, plan.config)
+    last = train(plan.config, resume=resume)
+    if config.type == "full":
+        return last
+    return _export(last, Path(config.output), config.model)
+
+
+def _export(checkpoint: Path, target: Path, model: str) -> Path:
+    """Copy the adapter of the last checkpoint to the output folder itself, its base's place made right."""
+    for name in (lora.ADAPTER_FILE,):
+        temporary = target / f".{name}.partial"
+        shutil.copyfile(checkpoint / name, temporary)
+        temporary.replace(target / name)
+    config = lora.read_adapter_config(checkpoint)
+    write_json(target / ADAPTER_CONFIG, dataclasses.replace(config, model=base_name(model, target)).to_dict())
+    return target
+
+
+def _check_model(config: FinetuneConfig, model: ModelConfig) -> None:
+    if is_adapter(resolve(config.model)):
+        raise UserError(
+            f"--model {config.model}: is a student or an adapter of another model: fine-tune that one (of "
+            "emoji-2step it is emoji); the adapter then works on both"
+        )
+    if model.image_channels != 3:
+        raise UserError(
+            f"--model {config.model}: makes latents, not pixels: only pixel models are fine-tuned"
+        )
+
+
+def _lengths(data: UserData, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
+    """Positions of each training document."""
+    picture = model.patches_per_image + AROUND
+    if data.captions:
+        return [AROUND + picture + len(tokenizer.encode(row["text"])) for row in data.captions]
+    return [
+        AROUND + sum(picture if isinstance(s, ImageRef) else len(tokenizer.encode(s)) for s in row.segments)
+        for row in data.rows["train"]
+    ]
