@@ -111,6 +111,14 @@ class Options:
 LLAMA = Options()
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm that keeps its input's precision, where the weight has a higher one (GGUF: float32 beside float16)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., D] -> [..., D]."""
+        return super().__call__(x).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; optional RMSNorm on queries and keys."""
 
@@ -126,8 +134,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, config.kv_heads * e, bias=options.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * e, d, bias=options.out_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(e, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(e, eps=config.rms_norm_eps)
+            self.q_norm = Norm(e, eps=config.rms_norm_eps)
+            self.k_norm = Norm(e, eps=config.rms_norm_eps)
 
     def __call__(
         self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: KeysValues | None = None
@@ -196,9 +204,9 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, options: Options = LLAMA) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, options)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config, options.mlp_bias)
         # Residual branches start small, so that the sum over 2L of them keeps unit scale (GPT-2's rule).
         shrink = (2 * config.num_hidden_layers) ** -0.5

@@ -27,6 +27,7 @@ from mlx_transfusion.models.layers import (
     BlockConfig,
     KeysValues,
     Mask,
+    Norm,
     Options,
     RopeScaling,
 )
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
     def __init__(self, config: BlockConfig, options: Options = LLAMA) -> None:
         super().__init__()
         self.layers = [Block(config, options) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def run(
         self,
