@@ -32,6 +32,10 @@ from .table import (
 
 CODER = "autoencoder."
 """In front of the autoencoder's names, in the plan and in our model."""
+NOTES = (
+    "Painting as the official program does it: `--sampler ddim --spacing flow --steps 30 --guidance 2`. "
+    "`describe` asks for a description, `describe --question` anything else about a picture."
+)
 POOLING = "the pooling head of SigLIP, which the official model does not run either"
 
 
@@ -57,6 +61,7 @@ def plan(source: Source) -> Plan:
             "other",
             "DeepSeek Model License: commercial use is allowed, with the restrictions of its attachment A.",
             "https://github.com/deepseek-ai/Janus",
+            notes=NOTES,
         ),
         precision=precision,
     )

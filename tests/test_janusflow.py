@@ -26,8 +26,9 @@ from PIL import Image
 from mlx_transfusion import sampling, trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import pad_square
+from mlx_transfusion.model_io import flat_parameters
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.janusflow import JanusFlowConfig
+from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
 from mlx_transfusion.models.patches import patchify
 
 TOLERANCE = 1e-4
@@ -247,6 +248,25 @@ def test_velocity_has_a_derivative_in_forward_mode() -> None:
     slope = (mx.grad(loss)(x) * dx).sum()
     expected = (velocity(x + h * dx, angle) - velocity(x - h * dx, angle)) * weight / (2 * h)
     assert slope.item() == pytest.approx(expected.sum().item(), rel=2e-2)
+
+
+def test_half_precision_stays_half_precision_inside() -> None:
+    """What is stored in bfloat16 is computed in it, and the sampler's state stays float32."""
+    half = JanusFlow(config())
+    half.load_weights(list(flat_parameters(model()).items()))
+    half.set_dtype(mx.bfloat16)
+    ids = np.array([prompt()])
+    cache = half.prefill(ids, np.array([ids.shape[1]]))[1]
+    assert cache.layers[0] is not None
+    assert cache.layers[0][0].dtype == mx.bfloat16
+    z, t = noise()[:1], mx.array([0.25])
+    assert half.flow(z, t, cache).dtype == mx.bfloat16
+    x, angle = patchify(z, PATCH), mx.array([1.2])
+    found = half.velocity(x, angle, cache)
+    assert found.dtype == mx.float32
+    close(found, model().velocity(x, angle, prompt_and_guide().select([0])), 0.1)
+    half.read_picture(mx.full((1, 24, 24, 3), 0.5), cache)
+    assert cache.layers[0][0].dtype == mx.bfloat16
 
 
 # ---- the family ----
