@@ -19,6 +19,12 @@ from mlx_transfusion.settings import DEFAULTS
 def complete(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     model: options.Model = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn: apply the model's chat template.")
+    ] = False,
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --chat: what the model is told first.")
+    ] = None,
     max_tokens: options.MaxTokens = DEFAULTS.max_tokens,
     temperature: options.Temperature = DEFAULTS.temperature,
     top_p: options.TopP = DEFAULTS.top_p,
@@ -46,6 +52,8 @@ def complete(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text to continue")
+    if system_prompt is not None and not chat:
+        raise UserError("--system-prompt belongs to a chat: add --chat")
     writing = dataclasses.replace(
         DEFAULTS,
         max_tokens=max_tokens,
@@ -68,20 +76,28 @@ def complete(
     ).check()
     from mlx_transfusion.events import Finished, Step, Token
     from mlx_transfusion.images import check_folder, free_path
+    from mlx_transfusion.interleave import Tokens
     from mlx_transfusion.interleave import complete as run
     from mlx_transfusion.model_io import load
+    from mlx_transfusion.models.family import PictureFamily
 
     output = picture_path(output)
-    if max_images:
-        check_folder(output.parent)
     chosen = secrets.randbelow(1 << 32) if seed is None else seed
     loaded = load(model)
+    if max_images and isinstance(loaded.model, PictureFamily):
+        check_folder(output.parent)
+    document: str | list[Tokens] = text
+    if chat:
+        from mlx_transfusion.chat import chat_ids
+
+        ids = chat_ids(loaded.path, loaded.tokenizer, text, system_prompt, loaded.name)
+        document = [Tokens(tuple(ids))]
     with bar("paint", 1.0) as progress:
 
         def on_step(step: Step) -> None:
             progress.update(step.step / step.steps, f"step {step.step}/{step.steps}")
 
-        events = run(loaded, text, chosen, settings, on_step)
+        events = run(loaded, document, chosen, settings, on_step)
         message(f"seed {chosen}")
         for event in events:
             if isinstance(event, Token):
