@@ -13,6 +13,7 @@ FAMILIES: tuple[str, ...] = (
     "bagel",
     "janusflow",
     "monoformer",
+    "show_o2",
     "llama",
     "transfusion_pytorch",
     "autoencoder",

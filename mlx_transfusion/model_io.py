@@ -50,6 +50,7 @@ FAMILIES = {
     "janusflow": "janusflow",
     "llama": "llama",
     "monoformer": "monoformer",
+    "show_o2": "show_o2",
     "transfusion": "transfusion",
     "transfusion_pytorch": "lucidrains",
 }
