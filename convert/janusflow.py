@@ -8,7 +8,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_json
 from mlx_transfusion.models.autoencoder import AutoencoderConfig
 from mlx_transfusion.models.convnext import WIDENING, ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlowConfig
+from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 
 from . import autoencoder, llama

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_json
 from mlx_transfusion.models.convnext import ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlowConfig
+from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SpecialIds, Tokenizer

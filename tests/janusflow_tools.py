@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from mlx_transfusion.model_io import flat_parameters
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.convnext import ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
+from mlx_transfusion.models.janusflow import JanusFlow
+from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.llama import LlamaConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 

@@ -28,7 +28,8 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import pad_square
 from mlx_transfusion.model_io import flat_parameters
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
+from mlx_transfusion.models.janusflow import JanusFlow
+from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.patches import patchify
 
 TOLERANCE = 1e-4

@@ -39,7 +39,8 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import build, flat_parameters, load
 from mlx_transfusion.models.convnext import ConvNextConfig
-from mlx_transfusion.models.janusflow import JanusFlow, JanusFlowConfig
+from mlx_transfusion.models.janusflow import JanusFlow
+from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.siglip import SiglipConfig
 from mlx_transfusion.settings import GenerationSettings
 
