@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -10,20 +13,24 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+import sentencepiece
 
+from mlx_transfusion import trigflow
 from mlx_transfusion.cli import main
+from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Token
 from mlx_transfusion.interleave import complete
 from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.lucidrains import Lucidrains
-from mlx_transfusion.models.lucidrains_config import LucidrainsConfig
+from mlx_transfusion.models.lucidrains_config import LucidrainsConfig, ModalityConfig
 from mlx_transfusion.painting import paint, prefill
 from mlx_transfusion.sampling import guided
 from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.tokenizer import Tokenizer
 
 try:
-    from mlx_transfusion.convert import sources, table
+    from mlx_transfusion.convert import families, sources, table, tokenizer_marks
     from mlx_transfusion.convert import transfusion_pytorch as convert
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
     from convert import table
@@ -237,3 +244,210 @@ def test_a_prompt_that_is_no_ids(golden: Golden, tmp_path: Path) -> None:
     c = golden.model.config
     assert loaded.tokenizer.encode(f"1 {c.num_text_tokens}") in ([1], [1, c.sos_id])
     assert loaded.tokenizer.decode([3, 4, c.meta_id, c.sos_id]).split() == ["3", "4"]
+
+
+def test_the_family_is_found(golden: Golden) -> None:
+    assert families.find(sources.Source(golden.folder)).name == "transfusion_pytorch"
+
+
+def with_tensors(golden: Golden, folder: Path, tensors: dict[str, mx.array]) -> sources.Source:
+    folder.mkdir()
+    shutil.copy(golden.folder / "config.json", folder)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return sources.Source(folder)
+
+
+def test_averaged_weights_and_what_is_left_out(golden: Golden, tmp_path: Path) -> None:
+    """The state of an EMA wrapper around a model with the user's own encoder of pixels."""
+    tensors = mx.load(str(golden.folder / "model.safetensors"))
+    state = {f"ema_model.{n}": x + 1 for n, x in tensors.items()} | {
+        f"online_model.{n}": x for n, x in tensors.items()
+    }
+    state |= {
+        "initted": mx.array([1.0]),
+        "step": mx.array([3.0]),
+        "ema_model.modality_encoder.0.weight": mx.zeros((2, 2)),
+    }
+    source = with_tensors(golden, tmp_path / "ema", state)
+    assert families.find(source).name == "transfusion_pytorch"
+    plan = convert.plan(source)
+    reasons = {e.source: e.reason for e in plan.entries if e.target is None}
+    assert reasons["step"] == "bookkeeping of the EMA"
+    assert "user's own code" in reasons["ema_model.modality_encoder.0.weight"]
+    assert "averaged" in reasons["online_model.text_embed.weight"]
+    assert {e.source for e in plan.entries} == state.keys()
+    loaded = converted(source.path, tmp_path / "out")
+    assert_close(loaded.model.norm.gamma, tensors["transformer.norm.gamma"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_text_token": 3}, "unknown argument 'num_text_token'"),
+        ({"transformer": {"dim": 32, "depth": 2, "layers": 3}}, "transformer: unknown argument 'layers'"),
+        ({"transformer": {"dim": 32}}, "not the arguments"),
+        ({"transformer": 7}, "expected an object"),
+        ({"pre_post_transformer_enc_dec": [1, 2]}, "U-Net"),
+        ({"modality_default_shape": [2, 2, 2]}, "does not have 2 axes"),
+        ({"num_text_tokens": "many"}, "num_text_tokens"),
+    ],
+)
+def test_arguments_that_cannot_be_converted(golden: Golden, change: dict[str, object], message: str) -> None:
+    data = json.loads((golden.folder / "config.json").read_text())
+    with pytest.raises(UserError, match=message):
+        convert.read_config(data | change, "config.json")
+
+
+def test_a_state_dict_without_its_arguments(golden: Golden, tmp_path: Path) -> None:
+    source = sources.Source(shutil.copy(golden.folder / "model.safetensors", tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="constructor's keyword arguments"):
+        convert.plan(source)
+    named = sources.Source(source.path, config=golden.folder / "config.json")
+    assert convert.plan(named).config == golden.model.config.to_dict()
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(golden.model.config.to_dict()))
+    assert convert.plan(sources.Source(source.path, config=own)).config == golden.model.config.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_a_tokenizer_gets_the_marks(golden: Golden, tmp_path: Path, kind: str) -> None:
+    c = golden.model.config
+    if kind == "json":
+        file = tmp_path / "tokenizer.json"
+        vocab = {"<unk>": 0, "red": 1, "heart": 2}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+        file.write_text(
+            json.dumps({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model})
+        )
+    else:
+        file = tmp_path / "tokenizer.model"
+        # Bytes take 256 tokens of a vocabulary, and these models have fewer: words alone.
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(["red heart green heart"] * 9), model_writer=(out := io.BytesIO()), vocab_size=24,
+            model_type="bpe", minloglevel=2,
+        )  # fmt: skip
+        file.write_bytes(out.getvalue())
+    before = Tokenizer.load(file, special=tokenizer_marks.NO_IDS)
+    loaded = converted(golden.folder, tmp_path / "out", "--tokenizer", file)
+    ids = loaded.tokenizer.encode("red heart")
+    assert ids == before.encode("red heart")
+    assert loaded.tokenizer.vocab_size == c.vocab_size
+    everything = [c.sos_id, *ids, c.meta_id, *c.opening(0, (3, 4)), c.eom_id(0)]
+    assert loaded.tokenizer.decode(everything).split() == ["red", "heart"]
+    big = tokenizer_marks.with_marks(file, 200, ["<|a|>"])
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / big[0]).write_bytes(big[1])
+    with pytest.raises(UserError, match=r"the model \d+ of text"):
+        convert.plan(sources.Source(golden.folder, tokenizer=tmp_path / "big"))
+
+
+# ---- the interface of every family --------------------------------------------------------------------------
+
+
+def prefix(golden: Golden) -> list[int]:
+    return golden.model.image_prefix(golden.io["sample.prompt"].tolist())
+
+
+def test_velocity_is_the_flow_of_the_network(golden: Golden) -> None:
+    """Against the definition, at a flow's state: x0 and z that belong to it give the flow back."""
+    model, cache = golden.model, prefill(golden.model, [prefix(golden)])
+    state = mx.random.normal((1, *model.latent_shape), key=mx.random.key(3))
+    for time in (0.0, 0.3, 0.8, 1.0):
+        flow = model.flow(state, mx.array([time]), cache)
+        data, noise = state + (1 - time) * flow, state - time * flow
+        angle = float(trigflow.angle_from_flow_time(1 - time))
+        x = trigflow.mix(data, noise, angle)
+        v = model.velocity(x, mx.array([angle]), cache)
+        scale = max(1.0, float(mx.abs(flow).max()))
+        assert_close(v, trigflow.velocity_target(data, noise, angle), scale)
+
+
+def test_cached_reading_equals_one_pass(golden: Golden) -> None:
+    """A finished picture at time 1, then text: the pieces, and token by token."""
+    model, c = golden.model, golden.model.config
+    x0 = mx.random.normal((1, *model.latent_shape), key=mx.random.key(4))
+    behind = np.array([[c.eom_id(0), 3, 4, 5]])
+    _, cache = model.prefill(np.array([prefix(golden)]), np.array([len(prefix(golden))]))
+    model.extend_image(x0, cache)
+    assert cache.positions.tolist() == [len(prefix(golden)) + 1]  # one for the whole picture
+    alone = cache.snapshot()
+    logits = model.extend_text(behind, np.array([4]), cache)
+    for token in behind[0]:
+        one = model.extend_text(np.array([[token]]), np.array([1]), alone)
+    assert_close(logits, one)
+    again = model.new_cache(1)
+    for token in prefix(golden):
+        model.extend_text(np.array([[token]]), np.array([1]), again)
+    model.extend_image(x0, again)
+    assert_close(model.extend_text(behind, np.array([4]), again), logits)
+
+
+def test_rows_of_different_lengths(golden: Golden) -> None:
+    model = golden.model
+    long, short = prefix(golden), model.image_prefix([1])
+    both, x = prefill(model, [long, short]), mx.random.normal((2, *model.latent_shape), key=mx.random.key(5))
+    angles = mx.array([0.4, 1.2])
+    v = model.velocity(x, angles, both)
+    for row, ids in enumerate((long, short)):
+        alone = model.velocity(x[row : row + 1], angles[row : row + 1], prefill(model, [ids]))
+        assert_close(v[row : row + 1], alone, max(1.0, float(mx.abs(alone).max())))
+
+
+def test_guide_is_null_text(golden: Golden) -> None:
+    model, c = golden.model, golden.model.config
+    guide = model.guide([prefix(golden), model.image_prefix([1])])
+    assert guide.lengths.tolist() == [len(prefix(golden)), len(model.image_prefix([1]))]
+    nulls = prefill(model, [[c.null_id] * len(prefix(golden))])
+    for (k, v), (k0, v0) in zip(guide.layers, nulls.layers, strict=True):
+        assert_close(k[:1], k0)
+        assert_close(v[:1], v0)
+    negative = model.guide([prefix(golden)], model.image_prefix([2, 3]))
+    assert negative.lengths.tolist() == [len(model.image_prefix([2, 3]))]
+
+
+def test_jvp_of_velocity_is_the_central_difference(golden: Golden) -> None:
+    model, cache = golden.model, prefill(golden.model, [prefix(golden)])
+    x = mx.random.normal((1, *model.latent_shape), key=mx.random.key(6))
+    dx, angle, da = mx.random.normal(x.shape, key=mx.random.key(7)), mx.array([0.9]), mx.array([0.3])
+
+    def f(x: mx.array, angle: mx.array) -> mx.array:
+        return model.velocity(x, angle, cache)
+
+    _, (tangent,) = mx.jvp(f, [x, angle], [dx, da])
+    h = 2e-3
+    difference = (f(x + h * dx, angle + h * da) - f(x - h * dx, angle - h * da)) / (2 * h)
+    np.testing.assert_allclose(tangent, difference, atol=5e-3 * float(mx.abs(difference).max()))
+
+
+def test_pictures_are_pixels_where_latents_are(golden: Golden) -> None:
+    c = golden.model.config
+    pixels = mx.random.uniform(shape=(2, 6, 8, 1), key=mx.random.key(8))
+    modality = ModalityConfig(4, shape=(3, 4))
+    model = Lucidrains(dataclasses.replace(c, modalities=(modality,), pixel_patch=2))
+    assert model.picture_size == (6, 8)
+    assert model.picture_channels == 1
+    latents = model.encode(pixels)
+    assert latents.shape == (2, *model.latent_shape)
+    # The order of the package's own example: rows, columns of tokens; in each, rows and columns of pixels.
+    assert_close(latents[0, 5], pixels[0, 2:4, 2:4, 0].reshape(-1) * 2 - 1)
+    assert_close(model.decode(latents), pixels)
+    cache = model.new_cache(2)
+    assert model.read_picture(pixels, cache).shape == (2, c.vocab_size)
+    assert cache.lengths.tolist() == [len(c.opening(0, (3, 4))) + 12 + 1] * 2
+
+
+def test_a_modality_that_is_no_picture(golden: Golden) -> None:
+    c = dataclasses.replace(golden.model.config, modalities=(ModalityConfig(4, shape=(7,)),))
+    with pytest.raises(UserError, match="no default shape of two axes"):
+        _ = Lucidrains(c).latent_shape
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dim": 7}, {"dim_head": 3}, {"depth": 0}, {"painted": 4}, {"pixel_patch": 3}, {"softcap": 0.0},
+     {"modalities": (ModalityConfig(4, axial_positions=True),)}, {"modalities": (ModalityConfig(0),)},
+     {"modalities": (ModalityConfig(1, axes=1, shape=(2, 3)),)}, {"modalities": ()}],
+)  # fmt: skip
+def test_impossible_configs(golden: Golden, change: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="model config"):
+        dataclasses.replace(golden.model.config, **change)
