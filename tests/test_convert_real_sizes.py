@@ -1,0 +1,100 @@
+"""Dry runs over checkpoints of real names, shapes and sizes, whose numbers are holes in files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import janusflow_tools
+import mlx.core as mx
+import pytest
+from convert_package import module
+
+from mlx_transfusion.cli import main
+
+synthetic = module("synthetic")
+CONFIGS = Path(__file__).parent / "fixtures" / "real_sizes"
+AUTOENCODERS = {"JanusFlow-1.3B": "sdxl-vae", "MonoFormer_ImageNet_256": "sd-vae-ft-mse"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of all configs; tests do not write into it."""
+    top = tmp_path_factory.mktemp("real") / "sizes"
+    shutil.copytree(CONFIGS, top)
+    janusflow_tools.tokenizer().save(str(top / "JanusFlow-1.3B" / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    (top / "JanusFlow-1.3B" / "tokenizer_config.json").write_text(json.dumps(tokens))
+    for name in sorted(p.name for p in top.iterdir() if p.name not in AUTOENCODERS):
+        synthetic.write_zeros(synthetic.plan_from_config(top / name), mx.bfloat16)
+    for name, coder in AUTOENCODERS.items():
+        plan = synthetic.plan_from_config(top / name, autoencoder=top / coder)
+        synthetic.write_zeros(plan, mx.float32 if "Mono" in name else mx.bfloat16)
+    return top
+
+
+def dry_run(folder: Path, name: str, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    coder = ["--autoencoder", str(folder / AUTOENCODERS[name])] if name in AUTOENCODERS else []
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(folder / name), *coder, "--dry-run", "--json", *flags])
+    said = capsys.readouterr()
+    assert (done.value.code, said.err) == (0, "")
+    return json.loads(said.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "gigabytes", "millions"),
+    [  # sizes of the published files; parameters without those that the model does not use
+        ("JanusFlow-1.3B", 587, 4.09, 2117),
+        ("MonoFormer_ImageNet_256", 215, 4.49, 1205),
+        ("SmolLM2-135M-Instruct", 272, 0.269, 134.5),
+        ("Llama-3.2-1B", 146, 2.47, 1235.8),
+        ("sdxl-vae", 248, 0.167, 83.65),
+    ],
+)
+def test_every_tensor_has_its_place(folder: Path, capsys: pytest.CaptureFixture[str], name: str, tensors: int,
+                                    gigabytes: float, millions: float) -> None:  # fmt: skip
+    file = folder / name / "model.safetensors"
+    assert file.stat().st_size == pytest.approx(gigabytes * 1e9, rel=3e-3)
+    assert file.stat().st_blocks * 512 < 1e6  # it takes no room
+    facts = dry_run(folder, name, capsys)
+    coder = 248 if name in AUTOENCODERS else 0
+    counts = facts["tensors"]
+    assert counts["in the checkpoint"] == tensors + coder
+    assert counts["used"] + sum(counts["unused"].values()) == counts["in the checkpoint"]
+    assert counts["unused"].keys() <= {janusflow_tools.janusflow.POOLING}
+    assert facts["parameters"] == pytest.approx(millions * 1e6, rel=1e-3)
+
+
+def test_quantised_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The predictions that the documentation tells; JanusFlow fits into 1.5 GB at 4 bits."""
+    sizes = {
+        name: {bits: dry_run(folder, name, capsys, "-q", bits)["weights"] for bits in ("4", "8")}
+        for name in ("JanusFlow-1.3B", "SmolLM2-135M-Instruct", "Llama-3.2-1B")
+    }
+    assert sizes["JanusFlow-1.3B"]["4"] < 1.5e9
+    assert sizes["JanusFlow-1.3B"]["8"] == pytest.approx(2.34e9, rel=0.01)
+    assert sizes["SmolLM2-135M-Instruct"]["4"] == pytest.approx(82.8e6, rel=0.01)
+    assert sizes["Llama-3.2-1B"]["4"] == pytest.approx(761e6, rel=0.01)
+
+
+def test_memory_counts_keys_and_values(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = dry_run(folder, "Llama-3.2-1B", capsys)
+    cache = 512 * 16 * 2 * 8 * 64 * 2  # tokens, layers, keys and values, heads, width, bytes
+    assert facts["memory for generation"] == facts["weights"] + cache
+
+
+def test_a_dry_run_reads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise AssertionError("a weight is read")
+
+    monkeypatch.setattr(module("safetensors_file").SafetensorsFile, "read", fail)
+    with pytest.raises(SystemExit):
+        main(["convert", str(folder / "SmolLM2-135M-Instruct"), "--dry-run", "--quantize", "mxfp4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama: 272 of 272 tensors used"
+    assert "134.5 million parameters" in lines[1]
+    assert lines[2].startswith("about ")
