@@ -86,7 +86,7 @@ def test_attention_can_look_at_a_part_of_a_large_picture() -> None:
     for keys in (50, 800):  # of 1710
         found = decode_tiled(tiny(), latents(), Tiling(tile=13, window=6, batches=16, max_keys=keys))
         errors.append(np.sqrt(((found - decoded()) ** 2).mean()) / decoded().std())
-    assert errors[1] < 0.12
+    assert errors[1] < 0.2
     assert errors[1] < errors[0]
 
 

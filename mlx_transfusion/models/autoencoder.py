@@ -9,6 +9,7 @@ Shapes: B pictures of H x W pixels; h = H / factor, w = W / factor; C latent cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -70,7 +71,7 @@ class AutoencoderKL(nn.Module):
 
         Raises UserError for a size that the halvings do not divide, and for another number of channels.
         """
-        self._check_pixels(pixels)
+        self.check_pixels(pixels.shape)
         h = self.encoder(pixels.astype(self._dtype), scope)
         if "quant_conv" in self:
             h = self.quant_conv(h)
@@ -82,7 +83,7 @@ class AutoencoderKL(nn.Module):
 
         Raises UserError for latents of another number of channels.
         """
-        self._check_latents(z)
+        self.check_latents(z.shape)
         z = z.astype(self._dtype)
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
@@ -104,24 +105,24 @@ class AutoencoderKL(nn.Module):
             return mx.array(c.latents_mean), c.scaling_factor / mx.array(c.latents_std)
         return c.shift_factor or 0.0, c.scaling_factor
 
-    def _check_pixels(self, pixels: mx.array) -> None:
+    def check_pixels(self, shape: Sequence[int]) -> None:
+        """Raises UserError unless `encode` takes pictures of that shape."""
         c = self.config
-        if pixels.ndim != 4 or pixels.shape[-1] != c.in_channels:
-            raise UserError(
-                f"pictures of shape {list(pixels.shape)}: this autoencoder takes [B, H, W, {c.in_channels}]"
-            )
-        _, height, width, _ = pixels.shape
+        if len(shape) != 4 or shape[-1] != c.in_channels:
+            raise UserError(f"pictures of shape {list(shape)}: this autoencoder takes [B, H, W, {c.in_channels}]")
+        _, height, width, _ = shape
         if height % c.factor or width % c.factor or not height * width:
             raise UserError(
                 f"pictures of {width}x{height} pixels: this autoencoder takes multiples of {c.factor}: crop or "
                 "resize them"
             )
 
-    def _check_latents(self, z: mx.array) -> None:
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Raises UserError unless `decode` takes latents of that shape."""
         channels = self.config.latent_channels
-        if z.ndim != 4 or z.shape[-1] != channels:
+        if len(shape) != 4 or shape[-1] != channels:
             raise UserError(
-                f"latents of shape {list(z.shape)}: this autoencoder takes [B, h, w, {channels}]: use the "
+                f"latents of shape {list(shape)}: this autoencoder takes [B, h, w, {channels}]: use the "
                 "autoencoder that they were made with"
             )
 

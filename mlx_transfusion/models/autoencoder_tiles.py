@@ -52,7 +52,7 @@ def decode_tiled(model: AutoencoderKL, z: np.ndarray, tiling: Tiling = Tiling())
 
     A picture of one tile is decoded whole. Raises UserError for latents of another number of channels.
     """
-    model._check_latents(mx.array(z[:1, :1, :1]))
+    model.check_latents(z.shape)
     margin = decoder_reach(model.config)
     return np.stack([_one(model.decode, picture, tiling, margin, 1, model.config.factor) for picture in z])
 
@@ -64,7 +64,7 @@ def encode_tiled(
 
     Raises UserError for a size that the halvings do not divide, and for another number of channels.
     """
-    model._check_pixels(pixels)
+    model.check_pixels(pixels.shape)
     margin = encoder_reach(model.config)
 
     def run(x: mx.array, scope: Scope) -> mx.array:
