@@ -60,7 +60,7 @@ def read_config(source: Source) -> JanusFlowConfig:
             painting=_painting(*painting),
             **_tokens(source),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{file}: not the config of a JanusFlow: {error} is missing or of another kind"
         ) from error
@@ -92,14 +92,14 @@ def _painting(encoder: Table, decoder: Table) -> ConvNextConfig:
     agree = {
         "kernel_size": (encoder["kernel_size"], patch),
         "padding": (encoder.get("padding") or 0, 0),
-        "upsamples": (2 ** decoder["upsamples"], patch),
+        "upsamples": (decoder["upsamples"], 1),
         "in_channels": (decoder["in_channels"], channels),
         "block_out_channels": (decoder["block_out_channels"][-1], channels),
         "out_channels": (decoder["out_channels"], encoder["input_channels"]),
         "layers_in_middle": (decoder["layers_in_middle"], encoder["layers_in_middle"]),
         "stride": (patch, 2),
     }
-    if wrong := [f"{name} is {a} for {b}" for name, (a, b) in agree.items() if a != b]:
+    if wrong := [f"{name} is {a!r} for {b!r}" for name, (a, b) in agree.items() if a != b]:
         raise UserError(
             f"config.json: the picture encoder or decoder is not of the form of JanusFlow-1.3B: {'; '.join(wrong)}"
         )

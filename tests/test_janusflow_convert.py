@@ -135,11 +135,13 @@ def test_the_official_config_is_read(official: Path) -> None:
             "has a rope_scaling or hidden_act of another kind",
         ),
         ("vision_gen_enc_config", "kernel_size", 4, "kernel_size is 4 for 2"),
-        ("vision_gen_dec_config", "upsamples", 2, "upsamples is 4 for 2"),
+        ("vision_gen_dec_config", "upsamples", 2, "upsamples is 2 for 1"),
         ("vision_gen_dec_config", "in_channels", 64, "in_channels is 64 for 32"),
         ("vision_und_enc_config", "model_name", None, "config.json: not the config"),
-        ("vision_gen_enc_config", "stride", "two", "stride is two for 2"),
+        ("vision_gen_enc_config", "stride", "two", "stride is 'two' for 2"),
         ("vision_gen_enc_config", "block_out_channels", 32, "config.json: not the config"),
+        ("vision_gen_dec_config", "block_out_channels", [], "config.json: not the config"),
+        ("vision_gen_dec_config", "in_channels", "32", "in_channels is '32' for 32"),
     ],
 )
 def test_another_form_is_refused_by_name(
