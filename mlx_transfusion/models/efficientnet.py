@@ -49,9 +49,10 @@ class Shape:
         return self.inputs * self.expand
 
 
-def block_shapes() -> list[Shape]:
-    """The 16 blocks."""
-    out, inputs, size = [], STEM, SIZE // 2
+def block_shapes(size: int = SIZE) -> list[Shape]:
+    """The 16 blocks for pictures of size x size."""
+    out, inputs = [], STEM
+    size //= 2
     for kernel, first_stride, expand, count, outputs in STAGES:
         for i in range(count):
             stride = first_stride if i == 0 else 1
@@ -83,18 +84,24 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
 class EfficientNetLite0:
     """The trunk with its weights; the classifier of the checkpoint is not used."""
 
-    def __init__(self, state: Mapping[str, np.ndarray], name: str = "EfficientNet-Lite0") -> None:
-        """state: `expected_shapes()`. Raises UserError for missing, unexpected and misshapen tensors."""
+    def __init__(
+        self, state: Mapping[str, np.ndarray], name: str = "EfficientNet-Lite0", size: int = SIZE
+    ) -> None:
+        """state: `expected_shapes()`. size: of the pictures that `maps` takes, a multiple of 32.
+
+        Raises UserError for missing, unexpected and misshapen tensors.
+        """
         _check(state, name)
+        self.size = size
         weight, bias = _fold(state, "_conv_stem", "_bn0")
         self.stem = mx.array(weight.transpose(0, 2, 3, 1).reshape(STEM, -1)), _column(bias)
-        self.blocks = [_Block(shape, state, f"_blocks.{i}.") for i, shape in enumerate(block_shapes())]
+        self.blocks = [_Block(shape, state, f"_blocks.{i}.") for i, shape in enumerate(block_shapes(size))]
         self.head = _pointwise(state, "_conv_head", "_bn1")
 
     def features(self, pixels: mx.array) -> mx.array:
         """Pooled features of pictures uint8 or float [B, H, W, 3] in 0..255: float32 [B, 1280], 0 to 6."""
         x = mx.array(0)
-        for x in self.maps(preprocess(pixels)):  # noqa: B007  (the last one)
+        for x in self.maps(preprocess(pixels, self.size)):  # noqa: B007  (the last one)
             pass
         weight, bias = self.head
         channels, batch, height, width = x.shape
@@ -102,13 +109,13 @@ class EfficientNetLite0:
         return y.reshape(FEATURES, batch, height * width).mean(-1).T
 
     def maps(self, x: mx.array) -> Iterator[mx.array]:
-        """Output of each block [C, B, h, w] for prepared pictures [3, B, 224, 224]."""
+        """Output of each block [C, B, h, w] for prepared pictures [3, B, size, size]."""
         batch = x.shape[1]
         x = mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1)])  # "SAME" at stride 2
-        rows = [x[:, :, i : i + SIZE : 2, j : j + SIZE : 2] for i in range(3) for j in range(3)]
+        rows = [x[:, :, i : i + self.size : 2, j : j + self.size : 2] for i in range(3) for j in range(3)]
         weight, bias = self.stem
         x = _relu6(weight @ mx.concatenate(rows).reshape(27, -1) + bias)
-        x = x.reshape(STEM, batch, SIZE // 2, SIZE // 2)
+        x = x.reshape(STEM, batch, self.size // 2, self.size // 2)
         for block in self.blocks:
             x = block(x)
             yield x
@@ -171,10 +178,10 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def preprocess(pixels: mx.array) -> mx.array:
-    """Pictures [B, H, W, 3] in 0..255 -> bilinear to 224 x 224, then (x - 127) / 128: float32 [3, B, 224, 224]."""
+def preprocess(pixels: mx.array, size: int = SIZE) -> mx.array:
+    """Pictures [B, H, W, 3] in 0..255 -> bilinear to size x size, then (x - 127) / 128: float32 [3, B, size, size]."""
     x = pixels.astype(mx.float32).transpose(3, 0, 1, 2)
-    rows, columns = (mx.array(bilinear(n, SIZE)) for n in x.shape[2:])
+    rows, columns = (mx.array(bilinear(n, size)) for n in x.shape[2:])
     return (rows @ x @ columns.T - 127) / 128
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -14,10 +15,21 @@ LINE_EVERY = 30.0
 """Seconds between lines when stderr is no terminal."""
 
 
+def model_line(values: dict[str, float]) -> str:
+    """What is shown of a step of the model."""
+    return (
+        f"text {values['text_loss']:.3f} image {values['image_loss']:.4f} "
+        f"{values['tokens_per_second']:.0f} tok/s {values['peak_memory_gb']:.1f} GB"
+    )
+
+
 class Progress:
     """Shows losses, speed, memory and time left; silent on processes that are not the main one."""
 
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
+    def __init__(
+        self, total: int, done: int, enabled: bool, line: Callable[[dict[str, float]], str] = model_line
+    ) -> None:
+        self._line = line
         self._console = Console(stderr=True)
         self._enabled, self._total = enabled, total
         self._bar = Bar(
@@ -42,10 +54,7 @@ class Progress:
         """Show the state after `step`."""
         if not self._enabled:
             return
-        text = (
-            f"text {values['text_loss']:.3f} image {values['image_loss']:.4f} "
-            f"{values['tokens_per_second']:.0f} tok/s {values['peak_memory_gb']:.1f} GB"
-        )
+        text = self._line(values)
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._last_line > LINE_EVERY or step == self._total:
