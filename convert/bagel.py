@@ -3,8 +3,6 @@ autoencoder beside it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.vision_layers import VisionConfig
@@ -12,8 +10,9 @@ from mlx_transfusion.tokenizer import HUGGINGFACE_FILE
 
 from . import autoencoder
 from .bagel_config import read_config
+from .hub import locate
 from .sources import Source
-from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, conv2d, linear, norm
+from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, linear, norm
 
 EXPERTS = {"understand": "", "generate": "_moe_gen"}
 """Our two experts of a layer -> the suffix of their official names."""
@@ -46,14 +45,14 @@ def plan(source: Source) -> Plan:
     files = source.tokenizer_files()
     if HUGGINGFACE_FILE in files:
         files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    place = locate(str(source.autoencoder)).absolute() if source.autoencoder else AUTOENCODER
+    coder = source.open(place)
+    latents = autoencoder.read_checkpoint(coder, config.autoencoder)
     return Plan(
         family="bagel",
         config=config.to_dict(),
-        parts={
-            "": source.open(WEIGHTS if source.has(WEIGHTS) else ""),
-            CODER: source.open(source.autoencoder or AUTOENCODER),
-        },
-        entries=(*entries(config), *(e.under(CODER, CODER) for e in autoencoder_entries(config))),
+        parts={"": source.open(WEIGHTS if source.has(WEIGHTS) else ""), CODER: coder},
+        entries=(*entries(config), *(e.under(CODER, CODER) for e in latents)),
         files=files,
         card=LICENCE,
         precision=precision,
@@ -107,23 +106,6 @@ def decoder_entries(config: BagelConfig, i: int) -> list[Entry]:
         for name, out, width in (("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)):
             table += linear(f"{source}.mlp{suffix}.{name}", f"{target}.mlp.{name}", out, width, bias=False)
     return table
-
-
-def autoencoder_entries(config: BagelConfig) -> list[Entry]:
-    """Every tensor of ae.safetensors: the original spelling, with a first convolution of its own width if need be."""
-    table, stem = autoencoder.entries(config.autoencoder, "original", flat=False), config.autoencoder_stem
-    if not stem:
-        return table
-    out, block = config.autoencoder.block_out_channels[0], "encoder.down.0.block.0"
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.conv_in.weight": (stem, 3, 3, 3), "encoder.conv_in.bias": (stem,),
-        f"{block}.norm1.weight": (stem,), f"{block}.norm1.bias": (stem,), f"{block}.conv1.weight": (out, stem, 3, 3),
-    }  # fmt: skip
-    shortcut = "encoder.down_blocks.0.resnets.0.conv_shortcut"
-    return [
-        *(replace(e, shape=shapes.get(e.source, e.shape)) for e in table),
-        *conv2d(f"{block}.nin_shortcut", shortcut, out, stem, 1),
-    ]
 
 
 def vision_entries(config: BagelConfig) -> list[Entry]:

@@ -47,6 +47,7 @@ def read_config(source: Source) -> BagelConfig:
         latent_channels=ae["z_channels"],
         block_out_channels=tuple(ae["ch"] * m for m in ae["ch_mult"]),
         layers_per_block=ae["num_res_blocks"],
+        stem_channels=None if ae["ch_mult"][0] == 1 else ae["ch"],
         use_quant_conv=False,
         use_post_quant_conv=False,
         scaling_factor=ae["scale_factor"],
@@ -72,7 +73,6 @@ def read_config(source: Source) -> BagelConfig:
         input_width=side * patch,
         latent_patch_size=bagel["latent_patch_size"],
         autoencoder=coder,
-        autoencoder_stem=0 if ae["ch"] == coder.block_out_channels[0] else ae["ch"],
         describe_after=after,
     )
 

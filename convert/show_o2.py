@@ -7,6 +7,7 @@ from mlx_transfusion.models.show_o2_config import ShowO2Config
 
 from . import wan_vae
 from .bagel import siglip_layers
+from .hub import locate
 from .show_o2_config import read_config
 from .sources import Source
 from .table import (
@@ -44,12 +45,13 @@ def detect(source: Source) -> bool:
 
 def plan(source: Source) -> Plan:
     """The conversion of an official folder. Raises UserError for missing parts and keys, and for unknown options."""
-    place = source.autoencoder or next((source.folder / f for f in VAE_FILES if source.has(f)), None)
-    if place is None:
+    inside = next((f for f in VAE_FILES if source.has(f)), None)
+    if inside is None and source.autoencoder is None:
         raise UserError(
             "Show-o2 paints with an autoencoder that its folder does not hold: name it with --autoencoder "
             "(Wan2.1_VAE.pth of Wan-AI/Wan2.1-T2V-1.3B)"
         )
+    place = locate(str(source.autoencoder)) if source.autoencoder else source.folder / str(inside)
     checkpoint = source.open()
     config = read_config(source, checkpoint)
     return Plan(

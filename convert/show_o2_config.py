@@ -70,12 +70,17 @@ def read_config(source: Source, checkpoint: Checkpoint) -> ShowO2Config:
     rows = checkpoint.tensors.get("position_embedding.weight")
     if rows is None:
         raise UserError(f"{checkpoint.where}: has no position_embedding.weight: not a Show-o2 checkpoint")
-    coder = source.json("vae_config.json")
+    given = source.json("vae_config.json")
+    coder = _fields(WanConfig, given, source.folder / "vae_config.json") if given else WAN
+    if (latents := _number(data, "image_latent_dim", file)) != coder.z_dim:
+        raise UserError(
+            f"{file}: image_latent_dim is {latents}, and the autoencoder has {coder.z_dim} channels"
+        )
     return ShowO2Config(
         text=_text(source, data, file),
         vision=_vision(source, data, file),
         head=_head(source, data),
-        autoencoder=_fields(WanConfig, coder, source.folder / "vae_config.json") if coder else WAN,
+        autoencoder=coder,
         grid_height=_number(data, "image_latent_height", file),
         grid_width=_number(data, "image_latent_width", file),
         position_rows=rows.shape[0],

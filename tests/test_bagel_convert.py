@@ -29,9 +29,9 @@ from mlx_transfusion.painting import prefill
 from mlx_transfusion.settings import GenerationSettings
 
 try:
-    from mlx_transfusion.convert import bagel, bagel_config, sources, table
+    from mlx_transfusion.convert import autoencoder, bagel, bagel_config, sources, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import bagel, bagel_config, sources, table  # type: ignore[no-redef]
+    from convert import autoencoder, bagel, bagel_config, sources, table  # type: ignore[no-redef]
 
 Cli = Callable[..., Any]
 FIXTURE = Path(__file__).parent / "fixtures" / "bagel"
@@ -106,12 +106,18 @@ def test_the_public_sizes_come_out_of_the_same_table(official: Path) -> None:
             latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
             use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
         ),
-        autoencoder_stem=0, vision_patch_size=14, vision_table_side=70, latent_table_side=64,
+        vision_patch_size=14, vision_table_side=70, latent_table_side=64,
         image_height=1024, image_width=1024, input_height=980, input_width=980,
     )  # fmt: skip
     entries = bagel.entries(public)
     assert round(2 * sum(prod(e.shape) for e in entries) / 1e9, 2) == 29.21
-    both = [*entries, *(e.under(bagel.CODER, bagel.CODER) for e in bagel.autoencoder_entries(public))]
+    both = [
+        *entries,
+        *(
+            e.under(bagel.CODER, bagel.CODER)
+            for e in autoencoder.entries(public.autoencoder, "original", flat=False)
+        ),
+    ]
     assert {e.target: e.target_shape for e in both} == {
         name: value.shape for name, value in flat_parameters(Bagel(public)).items()
     }
@@ -128,7 +134,7 @@ def test_without_a_file_of_sizes_the_published_ones_hold(tmp_path: Path, officia
     config = bagel_config.read_config(sources.Source(folder))
     assert (config.image_height, config.input_width) == (1024, 980)
     assert config.autoencoder.block_out_channels == (128, 256, 512, 512)
-    assert config.autoencoder_stem == 0
+    assert config.autoencoder.stem_channels is None
     assert (config.bos_token_id, config.eos_token_id, config.boi_token_id, config.eoi_token_id) == (
         BOS, EOS, BOI, EOI,
     )  # fmt: skip

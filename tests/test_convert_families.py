@@ -67,6 +67,7 @@ def janusflow(folder: Path) -> Any:
 CASES: dict[str, tuple[str, Make]] = {
     "bagel": ("bagel", fixture("bagel")),
     "janusflow": ("janusflow", janusflow),
+    "show-o2": ("show_o2", fixture("show-o2")),
     "llama": ("llama", llama()),
     "qwen2": ("llama", llama(model_type="qwen2", tie_word_embeddings=True)),
     "monoformer": ("monoformer", fixture("monoformer", "kl-sd")),

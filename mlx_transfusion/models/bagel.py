@@ -22,12 +22,10 @@ from PIL import Image
 from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderKL
-from mlx_transfusion.models.autoencoder_parts import ResnetBlock
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_layers import BagelDecoder
 from mlx_transfusion.models.bagel_vision import BagelVision, Connector
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.convolution import Conv2d
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.flow_time import FlowTimeEmbedding
 from mlx_transfusion.models.patches import patchify, unpatchify
@@ -50,7 +48,7 @@ class Bagel(PictureFamily):
         self.vae2llm = nn.Linear(config.latent_numbers, width)
         self.latent_positions = mx.zeros((config.latent_table_side**2, width))
         self.llm2vae = nn.Linear(width, config.latent_numbers)
-        self.autoencoder = _autoencoder(config)
+        self.autoencoder = AutoencoderKL(config.autoencoder)
 
     @property
     def config(self) -> BagelConfig:
@@ -215,16 +213,6 @@ class Bagel(PictureFamily):
     @property
     def _dtype(self) -> mx.Dtype:
         return self.decoder.norm.weight.dtype
-
-
-def _autoencoder(config: BagelConfig) -> AutoencoderKL:
-    """The FLUX autoencoder, whose code knows the width of its first convolution apart from that of its blocks."""
-    coder, c = AutoencoderKL(config.autoencoder), config.autoencoder
-    if config.autoencoder_stem:
-        coder.encoder.conv_in = Conv2d(c.in_channels, config.autoencoder_stem, 3, padding=1)
-        first = ResnetBlock(config.autoencoder_stem, c.block_out_channels[0], c.norm_num_groups)
-        coder.encoder.down_blocks[0].resnets[0] = first
-    return coder
 
 
 def _places(rows: int, columns: int, side: int) -> mx.array:

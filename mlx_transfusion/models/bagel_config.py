@@ -40,8 +40,6 @@ class BagelConfig:
     """That a user's picture is brought to; any multiple of `vision_patch_size` up to the table's side."""
     input_width: int
     latent_patch_size: int = 2
-    autoencoder_stem: int = 0
-    """Channels behind the autoencoder's first convolution; 0 where they are those of its first blocks."""
     describe_after: tuple[int, ...] = ()
     """Tokens behind a picture that is to be described: the question's block, and the BOS of the answer."""
     model_type: str = "bagel"
