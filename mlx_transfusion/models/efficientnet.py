@@ -179,7 +179,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 def preprocess(pixels: mx.array, size: int = SIZE) -> mx.array:
-    """Pictures [B, H, W, 3] in 0..255 -> bilinear to size x size, then (x - 127) / 128: float32 [3, B, size, size]."""
+    """Pictures [B, H, W, 3] in 0..255 -> bilinear, then (x - 127) / 128: float32 [3, B, size, size]."""
     x = pixels.astype(mx.float32).transpose(3, 0, 1, 2)
     rows, columns = (mx.array(bilinear(n, size)) for n in x.shape[2:])
     return (rows @ x @ columns.T - 127) / 128
