@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_files import read_json
-from mlx_transfusion.models.autoencoder import AutoencoderConfig
 from mlx_transfusion.models.clip_vision import ClipVisionConfig
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 
-from . import autoencoder
-from .hub import locate
+from .coder import CODER, open_coder
 from .monoformer_config import read_config
-from .sources import Checkpoint, Source
+from .sources import Source
 from .table import (
     HIGH,
     LOW,
@@ -43,8 +40,6 @@ MARKS = frozenset(
 MARKS_OF_TEXT = ("<|pad|>", "<|image|>", "<|im_start|>", "<|im_end|>")
 """Behind TinyLlama's tokens, for a tokenizer without them."""
 TOWER = "vision_encoder.vision_tower.vision_model"
-CODER = "autoencoder."
-"""In front of the autoencoder's names, in the plan and in our model."""
 NOTES = (
     'A prompt is what the picture shows: the model reads "Please generate an image of PROMPT.", as in training. '
     "The samplers use its noise prediction; the official sampler with the learned variance is in Python only."
@@ -137,29 +132,21 @@ def detect(source: Source) -> bool:
 
 def plan(source: Source) -> Plan:
     """The whole conversion. Raises UserError for a config that our model file does not know."""
-    coder, checkpoint = open_autoencoder(source)
-    config = dataclasses.replace(read_config(source), autoencoder=coder)
-    card = Card(
-        "MonoFormer/MonoFormer_ImageNet_256", "unknown", "No licence was published with the official code.",
-        url="https://github.com/MonoFormer/MonoFormer", notes=NOTES,
-    )  # fmt: skip
-    latents = [e.under(CODER, CODER) for e in autoencoder.read_checkpoint(checkpoint, coder)]
-    parts = {"": source.open(), CODER: checkpoint}
-    table = (*entries(config), *latents)
-    files = completed(source.tokenizer_files(), config.pad_token_id, MARKS_OF_TEXT)
-    return Plan("monoformer", config.to_dict(), parts, table, files, card, precision)
-
-
-def open_autoencoder(source: Source) -> tuple[AutoencoderConfig, Checkpoint]:
-    """The autoencoder of --autoencoder, or of the folder "vae" in SOURCE. Raises UserError where there is none."""
-    if source.autoencoder is None and not source.has("vae"):
+    coder = open_coder(source)
+    if coder is None:
         raise UserError(
             "MonoFormer paints with an autoencoder that its folder does not hold: name it with --autoencoder "
             "(stabilityai/sd-vae-ft-mse, a hub id or a folder)"
         )
-    place = source.folder / "vae" if source.autoencoder is None else locate(str(source.autoencoder))
-    file = (place if place.is_dir() else place.parent) / "config.json"
-    return AutoencoderConfig.from_diffusers(read_json(file), str(file)), source.open(place.absolute())
+    config = dataclasses.replace(read_config(source), autoencoder=coder.config)
+    card = Card(
+        "MonoFormer/MonoFormer_ImageNet_256", "unknown", "No licence was published with the official code.",
+        url="https://github.com/MonoFormer/MonoFormer", notes=NOTES,
+    )  # fmt: skip
+    parts = {"": source.open(), CODER: coder.checkpoint}
+    table = (*entries(config), *coder.entries)
+    files = completed(source.tokenizer_files(), config.pad_token_id, MARKS_OF_TEXT)
+    return Plan("monoformer", config.to_dict(), parts, table, files, card, precision)
 
 
 def precision(path: str) -> Precision:

@@ -34,16 +34,18 @@ def read_config(source: Source) -> MonoFormerConfig:
     for key, known in FIXED.items():
         if data.get(key) not in known:
             raise UserError(f"{file}: {key} is {data.get(key)!r}, and only {known[0]!r} can be converted")
-    image = _number(data, "image_token_index", file)
     tensors = source.open().tensors
-    words = tensors["model.embed_tokens.weight"].shape[0] if "model.embed_tokens.weight" in tensors else 0
+    embedding = tensors.get("model.embed_tokens.weight")
+    words = _number(data, "vocab_size", file) if embedding is None else embedding.shape[0]
+    # Pad, image, begin and end are the last tokens of the official tokenizer.
+    image = words - 3 if data.get("image_token_index") is None else _number(data, "image_token_index", file)
     fields = {
         name: data[name] for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings") if name in data
     }
     size = _number(data, "image_size", file)
     heads = _number(data, "num_attention_heads", file)
     return MonoFormerConfig(
-        vocab_size=words or _number(data, "vocab_size", file),
+        vocab_size=words,
         hidden_size=_number(data, "hidden_size", file),
         num_hidden_layers=_number(data, "num_hidden_layers", file),
         num_attention_heads=heads,

@@ -2,12 +2,14 @@
 
 The package has no config file: config.json, beside the weights or named by --config, holds the keyword arguments of
 its constructor, with `transformer` as an object. What it leaves out has the constructor's default; sizes that the
-tensors show must agree with them. Latents only: encoders and decoders of pixels are the user's own code there. The
-state of its EMA wrapper is converted as its averaged weights.
+tensors show must agree with them. Encoders and decoders of pixels are the user's own code there, and left out: for
+latents of an AutoencoderKL name it with --autoencoder. The state of the package's EMA is converted as its averaged
+weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from mlx_transfusion.model_files import read_json
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig, ModalityConfig
 from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 
+from .coder import CODER, open_coder
 from .safetensors_file import TensorInfo
 from .sources import Source
 from .table import HIGH, LOW, WHOLE, Card, Converter, Entry, Plan, Precision, linear, unused, vector
@@ -123,16 +126,21 @@ def plan(source: Source) -> Plan:
     data = read_json(file)
     ours = data.get("model_type") == LucidrainsConfig.model_type
     config = LucidrainsConfig.from_dict(data, str(file)) if ours else read_config(data, str(file))
-    checkpoint = source.open()
+    checkpoint, coder = source.open(), open_coder(source)
+    parts = {"": checkpoint}
+    if coder is not None:
+        config = dataclasses.replace(config, autoencoder=coder.config)
+        parts[CODER] = coder.checkpoint
     prefix = "" if "text_embed.weight" in checkpoint.tensors else EMA
     table = [entry.under(prefix) for entry in entries(config)] + _left_out(checkpoint.tensors, prefix)
+    table += coder.entries if coder is not None else ()
     card = Card(
         "transfusion-pytorch", "unknown", "The package is MIT; ask the author of these weights for theirs.",
         url="https://github.com/lucidrains/transfusion-pytorch",
         notes="The package has no tokenizer. Converted without --tokenizer, a prompt is token ids such as `12 5 77`.",
     )  # fmt: skip
     return Plan(
-        LucidrainsConfig.model_type, config.to_dict(), {"": checkpoint}, tuple(table), _tokenizer(source, config),
+        LucidrainsConfig.model_type, config.to_dict(), parts, tuple(table), _tokenizer(source, config),
         card, precision,
     )  # fmt: skip
 

@@ -20,13 +20,14 @@ from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Token
 from mlx_transfusion.interleave import complete
-from mlx_transfusion.model_io import Loaded, load
+from mlx_transfusion.model_io import Loaded, flat_parameters, load
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.lucidrains import Lucidrains
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig, ModalityConfig
 from mlx_transfusion.painting import paint, prefill
 from mlx_transfusion.sampling import guided
 from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.text_to_image import generate_images
 from mlx_transfusion.tokenizer import Tokenizer
 
 try:
@@ -264,8 +265,8 @@ def test_averaged_weights_and_what_is_left_out(golden: Golden, tmp_path: Path) -
         f"online_model.{n}": x for n, x in tensors.items()
     }
     state |= {
-        "initted": mx.array([1.0]),
-        "step": mx.array([3.0]),
+        "initted": mx.array(True),
+        "step": mx.array(3),
         "ema_model.modality_encoder.0.weight": mx.zeros((2, 2)),
     }
     source = with_tensors(golden, tmp_path / "ema", state)
@@ -423,7 +424,7 @@ def test_pictures_are_pixels_where_latents_are(golden: Golden) -> None:
     c = golden.model.config
     pixels = mx.random.uniform(shape=(2, 6, 8, 1), key=mx.random.key(8))
     modality = ModalityConfig(4, shape=(3, 4))
-    model = Lucidrains(dataclasses.replace(c, modalities=(modality,), pixel_patch=2))
+    model = Lucidrains(dataclasses.replace(c, modalities=(modality,), patch_size=2))
     assert model.picture_size == (6, 8)
     assert model.picture_channels == 1
     latents = model.encode(pixels)
@@ -444,10 +445,36 @@ def test_a_modality_that_is_no_picture(golden: Golden) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"dim": 7}, {"dim_head": 3}, {"depth": 0}, {"painted": 4}, {"pixel_patch": 3}, {"softcap": 0.0},
+    [{"dim": 7}, {"dim_head": 3}, {"depth": 0}, {"painted": 4}, {"patch_size": 3}, {"softcap": 0.0},
      {"modalities": (ModalityConfig(4, axial_positions=True),)}, {"modalities": (ModalityConfig(0),)},
      {"modalities": (ModalityConfig(1, axes=1, shape=(2, 3)),)}, {"modalities": ()}],
 )  # fmt: skip
 def test_impossible_configs(golden: Golden, change: dict[str, object]) -> None:
     with pytest.raises(UserError, match="model config"):
         dataclasses.replace(golden.model.config, **change)
+
+
+def test_latents_of_an_autoencoder(golden: Golden, tmp_path: Path) -> None:
+    """A model of four channels, converted with an AutoencoderKL, paints pictures."""
+    arguments = json.loads((golden.folder / "config.json").read_text()) | {
+        "dim_latent": 4,
+        "modality_default_shape": [4, 6],
+    }
+    config = convert.read_config(arguments, "config.json")
+    model = Lucidrains(config)
+    weights = table.restore(convert.entries(config), flat_parameters(model))
+    source = with_tensors(golden, tmp_path / "source", weights)
+    (source.path / "config.json").write_text(json.dumps(arguments))
+    loaded = converted(source.path, tmp_path / "out", "--autoencoder", FIXTURES / "kl-sd")
+    image = generate_images(loaded, "1 2 3", 4, GenerationSettings(steps=2, guidance=2))[0]
+    assert image.pixels.shape == (16, 24, 3)
+    pixels = mx.random.uniform(shape=(1, 16, 24, 3), key=mx.random.key(9))
+    coder = loaded.model.autoencoder
+    latents = loaded.pictures.encode(pixels)
+    assert_close(latents, 0.18215 * coder.encode(pixels * 2 - 1).mean.reshape(1, 24, 4))
+    assert_close(
+        loaded.pictures.decode(latents),
+        mx.clip((coder.decode(coder.encode(pixels * 2 - 1).mean) + 1) / 2, 0, 1),
+    )
+    with pytest.raises(UserError, match="latent channels"):
+        convert.plan(sources.Source(golden.folder, autoencoder=FIXTURES / "kl-sd"))

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_transfusion import trigflow
+from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.layers import KeysValues
@@ -40,6 +41,8 @@ class Lucidrains(PictureFamily):
         self.norm = UnitNorm(config.dim)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.modalities = [Modality(config, i) for i in range(len(config.modalities))]
+        if config.autoencoder is not None:
+            self.autoencoder = AutoencoderKL(config.autoencoder)
 
     @property
     def config(self) -> LucidrainsConfig:
@@ -151,14 +154,16 @@ class Lucidrains(PictureFamily):
 
     @property
     def picture_channels(self) -> int:
-        """Of the pixels, where latents are pixels; else of the latent, which another network decodes."""
-        return self.latent_shape[1] // self.config.pixel_patch**2
+        """Of the pixels, where latents are pixels or come from an autoencoder; else of the latent."""
+        coder = self.config.autoencoder
+        return coder.out_channels if coder else self.latent_shape[1] // self.config.patch_size**2
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """(height, width)."""
-        h, w = self.config.picture_shape
-        return h * self.config.pixel_patch, w * self.config.pixel_patch
+        (h, w), coder = self.config.picture_shape, self.config.autoencoder
+        scale = self.config.patch_size * (coder.factor if coder else 1)
+        return h * scale, w * scale
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` rows."""
@@ -210,12 +215,19 @@ class Lucidrains(PictureFamily):
         return self.extend_text(np.full((batch, 1), c.eom_id(c.painted)), np.ones(batch, int), cache)
 
     def encode(self, pixels: mx.array) -> mx.array:
-        """Pixels [B, H, W, C] in [0, 1] -> latents [B, N, C']: pixels in [-1, 1], cut into patches."""
-        return patchify(pixels * 2 - 1, self.config.pixel_patch)
+        """Pixels [B, H, W, 3] in [0, 1] -> latents [B, N, C]: pixels in [-1, 1], or the autoencoder's means."""
+        x = pixels * 2 - 1
+        if "autoencoder" in self:
+            x = self.autoencoder.normalize(self.autoencoder.encode(x).mean)
+        return patchify(x, self.config.patch_size)
 
     def decode(self, patches: mx.array) -> mx.array:
-        """Latents [B, N, C'] -> pixels [B, H, W, C] in [0, 1]."""
-        return mx.clip((unpatchify(patches, *self.picture_size, self.config.pixel_patch) + 1) / 2, 0, 1)
+        """Latents [B, N, C] -> pixels [B, H, W, 3], clipped to [0, 1]."""
+        (h, w), p = self.config.picture_shape, self.config.patch_size
+        x = unpatchify(patches, h * p, w * p, p)
+        if "autoencoder" in self:
+            x = self.autoencoder.decode(self.autoencoder.denormalize(x))
+        return mx.clip((x + 1) / 2, 0, 1)
 
 
 def _mask(cache: KVCache, new: np.ndarray, causal: bool) -> mx.array | None:

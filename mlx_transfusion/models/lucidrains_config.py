@@ -10,6 +10,7 @@ from typing import Any
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 
 TEXT_MARKS, CHARACTERS = 3, 128
 """Begin, end and null text; and ASCII, in which the model writes the shape of a picture."""
@@ -58,13 +59,15 @@ class LucidrainsConfig:
     """Least 1 - t that such an output is divided by."""
     painted: int = 0
     """Which of the modalities are the pictures; two axes."""
-    pixel_patch: int = 1
-    """Pixels on a side of a token, where latents are pixels in [-1, 1] cut into patches (row, column, channel)."""
+    patch_size: int = 1
+    """Elements on a side of a token: latents are pixels in [-1, 1], or what the autoencoder makes of them, cut into
+    patches (row, column, channel)."""
+    autoencoder: AutoencoderConfig | None = None
     max_position: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "dim_head", "heads", "ff_inner", "softcap", "laser_softcap", "clean_eps",
-                     "pixel_patch", "max_position"):  # fmt: skip
+                     "patch_size", "max_position"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.num_text_tokens < 0:
@@ -79,10 +82,16 @@ class LucidrainsConfig:
             )
         for i, modality in enumerate(self.modalities):
             self._check_modality(modality, f"model config: modalities[{i}]")
-        if self.pixel_patch > 1 and self.modalities[self.painted].dim_latent % self.pixel_patch**2:
+        channels, rest = divmod(self.modalities[self.painted].dim_latent, self.patch_size**2)
+        if rest:
             raise UserError(
                 f"model config: dim_latent {self.modalities[self.painted].dim_latent} is no number of channels times "
-                f"pixel_patch {self.pixel_patch} squared"
+                f"patch_size {self.patch_size} squared"
+            )
+        if self.autoencoder is not None and self.autoencoder.latent_channels != channels:
+            raise UserError(
+                f"model config: the autoencoder has {self.autoencoder.latent_channels} latent channels and the model "
+                f"paints {channels}: use the one it was trained with"
             )
 
     def _check_modality(self, modality: ModalityConfig, where: str) -> None:
