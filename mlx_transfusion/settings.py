@@ -13,9 +13,11 @@ from typing import Any
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.objective import CONSISTENCY, Objective, read_objective
+from mlx_transfusion.painting_defaults import NO_DEFAULTS, PaintingDefaults, read_painting_defaults
 
 DIFFUSION_SAMPLER = "dpmpp_2m"
 DIFFUSION_GUIDANCE = 3.0
+DIFFUSION_SPACING = "uniform"
 CONSISTENCY_GUIDANCE = 1.0
 """No second pass: what guidance gives is learned in distillation."""
 
@@ -25,14 +27,16 @@ class GenerationSettings:
     """How pictures are painted and words are chosen."""
 
     sampler: str | None = None
-    """A name of `sampling.SAMPLERS`. None: DIFFUSION_SAMPLER, or "consistency" of a consistency model."""
+    """A name of `sampling.SAMPLERS`. None: the model's own (`PaintingDefaults`), DIFFUSION_SAMPLER, or "consistency"
+    of a consistency model."""
     steps: int | None = None
     """Sampler steps; None means the sampler's own number (`sampling.Sampler.default_steps`)."""
     angles: tuple[float, ...] | None = None
     """Of the consistency sampler: the angles in radians, decreasing, of the steps after the first, so their
     number sets that of the steps. None: the model's own, else `sampling.middle_angles`."""
-    spacing: str = "uniform"
-    """How a diffusion sampler's steps are spaced over the noise angle: a name of `sampling.SPACINGS`."""
+    spacing: str | None = None
+    """How a diffusion sampler's steps are spaced over the noise angle: a name of `sampling.SPACINGS`. None: the
+    model's own, else DIFFUSION_SPACING."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none and costs half (arXiv 2408.11039, section 4: 3 to 5). None:
     DIFFUSION_GUIDANCE, or CONSISTENCY_GUIDANCE with the consistency sampler. A consistency model with a
@@ -67,7 +71,7 @@ class GenerationSettings:
             sampling.get_sampler(self.sampler)
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: use at least 1")
-        sampling.angle_schedule(1, spacing=self.spacing)
+        sampling.angle_schedule(1, spacing=self.spacing or DIFFUSION_SPACING)
         self._check_angles()
         sampling.Guidance(1.0 if self.guidance is None else self.guidance, self.guidance_interval)
         for name, least in (("batch_size", 1), ("max_tokens", 1), ("max_images", 0)):
@@ -81,7 +85,7 @@ class GenerationSettings:
     def _check_angles(self) -> None:
         from mlx_transfusion.sampling import check_middle_angles
 
-        if self.sampler == CONSISTENCY and self.spacing != "uniform":
+        if self.sampler == CONSISTENCY and self.spacing not in (None, DIFFUSION_SPACING):
             raise UserError(
                 f"spacing '{self.spacing}' is for diffusion samplers: set the angles of the consistency "
                 f"sampler instead, e.g. 1.1,0.6"
@@ -115,7 +119,7 @@ class GenerationSettings:
                 f"model {model} is a diffusion model, and {what} a consistency model: leave it out, or name "
                 f"a consistency model"
             )
-        return self.resolve(objective)
+        return self.resolve(objective, read_painting_defaults(extra, model))
 
     def _check_consistency(self, objective: Objective, model: str) -> None:
         if self.sampler not in (None, CONSISTENCY):
@@ -149,27 +153,34 @@ class GenerationSettings:
                 f"angles: leave it out"
             )
 
-    def resolve(self, objective: Objective | None = None) -> ResolvedSettings:
+    def resolve(
+        self, objective: Objective | None = None, model: PaintingDefaults = NO_DEFAULTS
+    ) -> ResolvedSettings:
         """No None left, without asking whether it all suits the model: for a model without a config.json.
 
-        objective: None is diffusion. Raises UserError for settings out of range.
+        objective: None is diffusion. model: a diffusion model's own values. Raises UserError for settings out of
+        range.
         """
         from mlx_transfusion.sampling import get_sampler
 
         self.check()
         objective = objective or Objective()
-        own = CONSISTENCY if objective.consistency else DIFFUSION_SAMPLER
+        own = CONSISTENCY if objective.consistency else model.sampler or DIFFUSION_SAMPLER
         sampler = own if self.sampler is None else self.sampler
         consistency = sampler == CONSISTENCY
+        if consistency or sampler != own:
+            model = PaintingDefaults(guidance=None if consistency else model.guidance)
         angles = self._middle_angles(objective) if consistency else self.angles
-        steps = self.steps or get_sampler(sampler).default_steps
-        guidance = CONSISTENCY_GUIDANCE if consistency else DIFFUSION_GUIDANCE
+        steps = self.steps or model.steps or get_sampler(sampler).default_steps
+        usual = CONSISTENCY_GUIDANCE if consistency else DIFFUSION_GUIDANCE
+        guidance = usual if model.guidance is None else model.guidance
         if objective.guidance_range is not None and objective.guidance is not None:
             guidance = objective.guidance
         values = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "sampler": sampler,
             "steps": steps if angles is None else 1 + len(angles),
             "angles": angles,
+            "spacing": self.spacing or model.spacing or DIFFUSION_SPACING,
             "guidance": guidance if self.guidance is None else self.guidance,
         }
         resolved = ResolvedSettings(**values)
@@ -203,6 +214,7 @@ class ResolvedSettings(GenerationSettings):
 
     sampler: str = DIFFUSION_SAMPLER
     steps: int = 1
+    spacing: str = DIFFUSION_SPACING
     guidance: float = DIFFUSION_GUIDANCE
 
 
