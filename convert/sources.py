@@ -120,12 +120,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _Shards(file) if file.name.endswith(INDEX) else _open_file(file)
 
 
-def read_state_dict(source: Path) -> dict[str, mx.array]:
-    """All tensors of a checkpoint by name, at once. Raises UserError as `open_checkpoint` and `Checkpoint.read`."""
-    checkpoint = open_checkpoint(source)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
 class _Shards:
     """The files of an index, and nothing but the tensors that it names, each from the file that it names."""
 

@@ -49,7 +49,7 @@ def dequantize(model: nn.Module, dtype: mx.Dtype | None = None) -> bool:
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             scales, biases = module.scales, module.biases
-            if dtype is not None and module.mode == AFFINE:
+            if dtype is not None and biases is not None:
                 scales, biases = scales.astype(dtype), biases.astype(dtype)
             weight = mx.dequantize(
                 module.weight, scales, biases, module.group_size, module.bits, mode=module.mode
