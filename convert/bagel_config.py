@@ -56,7 +56,7 @@ def read_config(source: Source) -> BagelConfig:
     vision, patch = _vision(source)
     side, latents = bagel["vit_max_num_patch_per_side"], bagel["max_latent_size"]
     largest = latents * bagel["latent_patch_size"] * coder.factor
-    ids, after = _tokens(source, given.get("new_token_ids"))
+    ids, question = _tokens(source, given.get("new_token_ids"))
     return BagelConfig(
         text=_text(source),
         vision=vision,
@@ -73,7 +73,7 @@ def read_config(source: Source) -> BagelConfig:
         input_width=side * patch,
         latent_patch_size=bagel["latent_patch_size"],
         autoencoder=coder,
-        describe_after=after,
+        question=question,
     )
 
 
@@ -103,7 +103,7 @@ def _table(kind: Any, data: Mapping[str, Any], file: Path) -> Any:
 
 
 def _tokens(source: Source, ids: Mapping[str, int] | None) -> tuple[Mapping[str, int], tuple[int, ...]]:
-    """Ids of the structural tokens, and those behind a picture to describe (none without a tokenizer)."""
+    """Ids of the structural tokens, and those of the question (none without a tokenizer)."""
     file = source.tokenizer_files().get(HUGGINGFACE_FILE)
     if not isinstance(file, Path):
         if ids is None:
@@ -114,6 +114,4 @@ def _tokens(source: Source, ids: Mapping[str, int] | None) -> tuple[Mapping[str,
         if missing := [name for name in TOKENS.values() if name not in known]:
             raise UserError(f"{file}: has no token {missing[0]}: use the tokenizer of the checkpoint")
         ids = {key: known[name] for key, name in TOKENS.items()}
-    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
-    words = Tokenizer.load(file, special=NO_SPECIAL).encode(QUESTION)
-    return ids, (bos, *words, eos, bos)
+    return ids, tuple(Tokenizer.load(file, special=NO_SPECIAL).encode(QUESTION))

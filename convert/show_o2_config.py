@@ -56,8 +56,11 @@ TOKENS = {
 }  # fmt: skip
 """Names of the structural tokens; Qwen's own tokenizer lacks the last four, which are never read."""
 NEEDED = ("bos_id", "eos_id", "boi_id", "eoi_id")
-BEFORE = "system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-AFTER = "Describe this image in detail.\n<|im_start|>assistant\n"
+AROUND = {
+    "picture_before": "system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "question": "Describe this image in detail.",
+    "question_after": "\n<|im_start|>assistant\n",
+}
 """What the official program puts around a picture and a question."""
 
 
@@ -161,6 +164,5 @@ def _tokens(source: Source) -> dict[str, Any]:
         **{f"{key.removesuffix('_id')}_token_id": ids[key] for key in NEEDED},
         "pad_token_id": ids.get("pad_id"),
         "structural": tuple(sorted(i for key, i in ids.items() if key not in (*NEEDED, "pad_id"))),
-        "describe_before": tuple(words.encode_template(BEFORE)) if words else (),
-        "describe_after": tuple(words.encode_template(AFTER)) if words else (),
+        **{name: tuple(words.encode_template(text)) if words else () for name, text in AROUND.items()},
     }

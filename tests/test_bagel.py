@@ -472,3 +472,17 @@ def test_sizes_of_pictures() -> None:
         load_golden(image_width=44)
     with pytest.raises(UserError, match="input_height is 36, expected a multiple of 4 up to 32"):
         load_golden(input_height=36)
+
+
+def test_half_precision() -> None:
+    """bfloat16 weights stay what they are through the whole model, and its numbers near those of float32."""
+    model = load_golden(image_height=40, image_width=24)
+    x = mx.random.normal((1, *model.latent_shape), key=mx.random.key(0))
+    angle, prompt = mx.array([0.9]), [model.image_prefix([5, 6, 7])]
+    full = model.velocity(x, angle, prefill(model, prompt))
+    model.set_dtype(mx.bfloat16)
+    cache = prefill(model, prompt)
+    half = model.velocity(x, angle, cache)
+    model.extend_image(x, cache)
+    assert all(past[0].dtype == past[1].dtype == mx.bfloat16 for past in cache.layers if past)
+    assert 0 < float(mx.abs(full - half).max()) < 0.05 * float(mx.abs(full).max())

@@ -201,6 +201,9 @@ def test_the_verbs(cli: Cli, converted: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (32, 24)
     described = cli("describe", out, "--model", converted, "--max-tokens", 5, "--json")
     assert described.code == 0, described.err
+    asked = cli("describe", out, "--question", "Red?", "--model", converted, "--max-tokens", 5, "--json")
+    assert asked.code == 0, asked.err
+    assert asked.out != described.out
     written = cli("complete", "red", "--model", converted, "--max-tokens", 4, "--json")
     assert written.code == 0, written.err
 
@@ -209,6 +212,7 @@ def test_describing_reads_what_the_official_program_reads(converted: Path) -> No
     """The picture's block at position 0, the question's block, and BOS."""
     loaded = load(converted)
     before, after = loaded.pictures.describe_prompt()
+    assert loaded.pictures.question_prompt([7, 8]) == ([], [BOS, 7, 8, EOS, BOS])
     question = tokenizer().encode(bagel_config.QUESTION).ids
     assert (before, after) == ([], [BOS, *question, EOS, BOS])
     assert loaded.config.layout.bos is None

@@ -403,3 +403,17 @@ def test_resizing_keeps_constants_and_lines(size: tuple[int, int]) -> None:
 def test_a_table_that_is_no_square_fits_its_own_grid_alone() -> None:
     with pytest.raises(UserError, match="expected those of the grid or a square"):
         load_golden(position_rows=15)
+
+
+def test_half_precision() -> None:
+    """bfloat16 weights stay what they are through the whole model, and its numbers near those of float32."""
+    model = load_golden()
+    x = mx.random.normal((1, *model.latent_shape), key=mx.random.key(0))
+    angle, prompt = mx.array([0.9]), [model.image_prefix([5, 6, 7])]
+    full = model.velocity(x, angle, prefill(model, prompt))
+    model.set_dtype(mx.bfloat16)
+    cache = prefill(model, prompt)
+    half = model.velocity(x, angle, cache)
+    model.extend_image(x, cache)
+    assert all(past[0].dtype == mx.bfloat16 for past in cache.layers if past)
+    assert 0 < float(mx.abs(full - half).max()) < 0.05 * float(mx.abs(full).max())

@@ -127,6 +127,7 @@ def test_models_that_config_json_names_are_known(tmp_path: Path, official: Path)
     names = {
         "llm_model_path": "Qwen/Qwen2.5-7B-Instruct", "llm_vocab_size": 151672,
         "clip_pretrained_model_path": "google/siglip-so400m-patch14-384", "num_diffusion_layers": 10,
+        "image_latent_dim": 16,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(data | names))
     source = sources.Source(folder)
@@ -220,6 +221,8 @@ def test_describing_reads_what_the_official_program_reads(converted: Path) -> No
     text = tokenizer()
     assert before == text.encode("system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n").ids
     assert after == text.encode("Describe this image in detail.\n<|im_start|>assistant\n").ids
+    opening = text.encode("\n<|im_start|>assistant\n").ids
+    assert load(converted).pictures.question_prompt([7, 8]) == (before, [7, 8, *opening])
     assert before.count(IDS["bos_id"]) == 1
 
 

@@ -160,8 +160,12 @@ class Bagel(PictureFamily):
         return self.lm_head(hidden[:, -1])
 
     def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """The config's own question."""
+        return self.question_prompt(self.config.question)
+
+    def question_prompt(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """Nothing before the picture; the question's block and the answer's BOS behind it."""
-        return [], list(self.config.describe_after)
+        return [], [*self.image_prefix(question), self.config.bos_token_id]
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read the finished picture [B, N, P] as the official program reads a picture to edit: in two blocks.

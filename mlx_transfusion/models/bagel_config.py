@@ -40,8 +40,8 @@ class BagelConfig:
     """That a user's picture is brought to; any multiple of `vision_patch_size` up to the table's side."""
     input_width: int
     latent_patch_size: int = 2
-    describe_after: tuple[int, ...] = ()
-    """Tokens behind a picture that is to be described: the question's block, and the BOS of the answer."""
+    question: tuple[int, ...] = ()
+    """Tokens that ask for a description of a picture."""
     model_type: str = "bagel"
 
     def __post_init__(self) -> None:

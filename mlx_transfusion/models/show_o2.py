@@ -13,6 +13,8 @@ Shapes: B rows, T positions, D width, N patches of P numbers, C latent channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -160,8 +162,12 @@ class ShowO2(PictureFamily):
         return self.logits(hidden[:, -1])
 
     def describe_prompt(self) -> tuple[list[int], list[int]]:
+        """The config's own question."""
+        return self.question_prompt(self.config.question)
+
+    def question_prompt(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """System message and user's turn; the question and the assistant's turn."""
-        return list(self.config.describe_before), list(self.config.describe_after)
+        return list(self.config.picture_before), [*question, *self.config.question_after]
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, 3] in [0, 1] -> normalised latents (the means of their distributions) in patches."""

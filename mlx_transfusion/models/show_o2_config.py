@@ -38,10 +38,12 @@ class ShowO2Config:
     patch_size: int = 2
     structural: tuple[int, ...] = ()
     """Further tokens that are never written: placeholders of pictures and films."""
-    describe_before: tuple[int, ...] = ()
-    """Tokens between BOS and a picture that is to be described."""
-    describe_after: tuple[int, ...] = ()
-    """Tokens behind it: the question, and the opening of the answer."""
+    picture_before: tuple[int, ...] = ()
+    """Tokens between BOS and a picture that is asked about: the system message, the opening of the user's turn."""
+    question: tuple[int, ...] = ()
+    """Tokens that ask for a description."""
+    question_after: tuple[int, ...] = ()
+    """Tokens behind the question: the opening of the answer."""
     model_type: str = "show_o2"
 
     def __post_init__(self) -> None:
