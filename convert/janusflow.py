@@ -32,8 +32,10 @@ from .table import (
 
 CODER = "autoencoder."
 """In front of the autoencoder's names, in the plan and in our model."""
+GENERATION = {"sampler": "ddim", "spacing": "flow", "steps": 30, "guidance": 2.0}
+"""The official demo: Euler on an even grid of flow times."""
 NOTES = (
-    "Painting as the official program does it: `--sampler ddim --spacing flow --steps 30 --guidance 2`. "
+    "It paints as the official program does: sampler ddim, spacing flow, 30 steps, guidance 2. "
     "`describe` asks for a description, `describe --question` anything else about a picture."
 )
 POOLING = "the pooling head of SigLIP, which the official model does not run either"
@@ -53,6 +55,7 @@ def plan(source: Source) -> Plan:
     return Plan(
         family="janusflow",
         config=config.to_dict(),
+        extra={"generation": GENERATION},
         parts={"": source.open(), CODER: checkpoint},
         entries=(*entries(config), *latents),
         files=source.tokenizer_files(),

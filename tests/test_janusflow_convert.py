@@ -228,13 +228,14 @@ def test_the_converted_model_has_the_official_weights(converted: Path) -> None:
 
 def test_it_paints_from_the_command_line(cli: Cli, converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "red.png"
-    flags = ["--seed", "7", "--sampler", "ddim", "--spacing", "flow", "--steps", "3", "--guidance", "2"]
+    flags = ["--seed", "7", "--steps", "3"]  # the rest is the official program's, in the folder
     assert cli("generate", "a red heart", "--model", converted, *flags, "--output", out).code == 0
     with Image.open(out) as image:
         assert image.size == (16, 16)
         pixels = np.asarray(image)
     assert pixels.std() > 1  # something is painted
-    assert read_record(out)["spacing"] == "flow"
+    record = read_record(out)
+    assert (record["sampler"], record["spacing"], record["guidance"]) == ("ddim", "flow", 2.0)
     how = GenerationSettings(sampler="ddim", spacing="flow", steps=3, guidance=2.0)
     (again,) = generate_images(load(converted), "a red heart", 7, how)
     assert np.array_equal(again.pixels, pixels)
