@@ -17,14 +17,14 @@ from mlx_transfusion import lora
 from mlx_transfusion.adapters import load_adapted, parse
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.events import Token
 from mlx_transfusion.finetune.fuse import fuse
 from mlx_transfusion.finetune.layers import AdaptedLinear, Gate, flat_trained, insert, plain_weight, targets
 from mlx_transfusion.interleave import complete
-from mlx_transfusion.events import Token
 from mlx_transfusion.model_io import flat_parameters, load, read_weights, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import paint
-from mlx_transfusion.quantization import quantize, quantization_of
+from mlx_transfusion.quantization import quantization_of, quantize
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import AdapterTraining, TrainConfig, load_train_config
@@ -123,7 +123,8 @@ def test_targets_by_pattern_and_block(tiny_model: Transfusion) -> None:
         "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"
     ]  # fmt: skip
     last = targets(tiny_model, AdapterTraining(layers=1))
-    assert last and all(name.startswith("layers.1.") for name in last)
+    assert last
+    assert all(name.startswith("layers.1.") for name in last)
     with pytest.raises(UserError, match=r"no linear layer matches the targets \*\.nothing"):
         targets(tiny_model, AdapterTraining(targets=("*.nothing",)))
     with pytest.raises(UserError, match="lm_head, which only text passes"):
@@ -272,7 +273,7 @@ def test_fuse_into_a_quantised_model(folder: Path, tmp_path: Path, tiny_tokenize
 
 
 def test_an_adapter_of_another_base(folder: Path, adapters: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="belongs to .* use it with the model it was made for") as caught:
+    with pytest.raises(UserError, match=r"belongs to .* use it with the model it was made for") as caught:
         load_adapted(folder / "other", [str(adapters["lora"])])
     assert str(adapters["lora"]) in str(caught.value)
 
@@ -335,7 +336,8 @@ def test_a_kohya_lora_loads(folder: Path, tmp_path: Path) -> None:
     stem = "lora_unet_layers_1_self_attn_o_proj"
     file = tmp_path / "style.safetensors"
     mx.save_safetensors(str(file), {
-        f"{stem}.lora_down.weight": mx.array(down), f"{stem}.lora_up.weight": mx.array(up), f"{stem}.alpha": mx.array(1.0)
+        f"{stem}.lora_down.weight": mx.array(down), f"{stem}.lora_up.weight": mx.array(up),
+        f"{stem}.alpha": mx.array(1.0),
     })  # fmt: skip
     base = load(folder / "base").transfusion.layers[1].self_attn.o_proj.weight
     made = load_adapted(folder / "base", [str(file)]).transfusion.layers[1].self_attn.o_proj.weight

@@ -27,7 +27,7 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Pictures with .txt captions beside them, or train.jsonl [valid.jsonl]."
+            metavar="DIR", help="Pictures with .txt captions beside them, or train.jsonl (and valid.jsonl)."
         ),
     ] = None,
     output: Annotated[

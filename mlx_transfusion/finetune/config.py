@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,11 +96,15 @@ def read_finetune_config(file: Path | None, flags: Mapping[str, Any]) -> Finetun
     return from_dict(FinetuneConfig, data | given, str(file or "finetune"))
 
 
+Place = tuple[Path, Path]
+"""A jsonl file and where its pictures are."""
+
+
 def train_config(
     config: FinetuneConfig,
     model: ModelConfig,
-    rows: Mapping[str, Path],
-    prior: Path | None,
+    rows: Mapping[str, Place],
+    prior: Place | None,
     lengths: Sequence[int],
 ) -> TrainConfig:
     """The training run of a fine-tune.
@@ -113,10 +116,10 @@ def train_config(
     if longest > model.max_position:
         raise UserError(f"finetune: a document of {longest} tokens, and the model takes {model.max_position}")
     rate = LEARNING_RATES[config.type] if config.learning_rate is None else config.learning_rate
-    train = [SourceConfig(str(rows["train"]), config.data, 1.0 if prior is None else 1 - config.prior_share)]
+    train = [_source(rows["train"], 1.0 if prior is None else 1 - config.prior_share)]
     if prior is not None:
-        train.append(SourceConfig(str(prior), config.prior, config.prior_share))
-    valid = (SourceConfig(str(rows["valid"]), config.data),) if "valid" in rows else ()
+        train.append(_source(prior, config.prior_share))
+    valid = (_source(rows["valid"]),) if "valid" in rows else ()
     return TrainConfig(
         output=config.output,
         tokenizer=str(resolve(config.model)),
@@ -142,6 +145,10 @@ def train_config(
     )
 
 
+def _source(place: Place, weight: float = 1.0) -> SourceConfig:
+    return SourceConfig(str(place[0]), str(place[1]), weight)
+
+
 def _adapter(config: FinetuneConfig) -> AdapterTraining | None:
     if config.type == "full":
         return None
@@ -154,8 +161,3 @@ def _adapter(config: FinetuneConfig) -> AdapterTraining | None:
         modality="image" if config.image_only else "both",
         quantize=config.quantize,
     )
-
-
-def settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Plain data, for reports."""
-    return dataclasses.asdict(config)

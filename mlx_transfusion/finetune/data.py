@@ -2,7 +2,8 @@
 
     DIR/cat.png, DIR/cat.txt, ...          each picture with its caption; sub-folders too
     DIR/train.jsonl [, DIR/valid.jsonl]    rows as in training: {"image", "text"}, {"source", "instruction",
-                                           "target"}, {"text"}, {"segments"}; file names are relative to DIR
+                                           "target"}, {"text"}, {"segments"}; file names are relative to DIR, or
+                                           in DIR/train.tar, DIR/valid.tar, or DIR/pictures.tar of both
 
 What cannot be used is left out, each with one line that names the file.
 """
@@ -38,6 +39,8 @@ class UserData:
     """{"image", "text"} of pictures with captions, where it has none."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     """The usable rows of "train" and "valid", of jsonl files."""
+    images: dict[str, Path] = field(default_factory=dict)
+    """Where the pictures of "train" and "valid" are: the folder, or a tar in it."""
     skipped: list[str] = field(default_factory=list)
     """One line for each thing that is left out."""
     notes: list[str] = field(default_factory=list)
@@ -135,7 +138,9 @@ def _read_jsonl(data: UserData) -> None:
         file = data.folder / name
         if not file.is_file():
             continue
-        loaded = load_rows(Source(file), skip_bad_rows=True)
+        tars = (data.folder / f"{split}.tar", data.folder / "pictures.tar")
+        data.images[split] = next((tar for tar in tars if tar.is_file()), data.folder)
+        loaded = load_rows(Source(file, data.images[split]), skip_bad_rows=True)
         data.skipped += loaded.bad_rows
         for row in loaded.rows:
             refs = [s for s in row.segments if isinstance(s, ImageRef)]
@@ -166,6 +171,7 @@ def _check_duplicates(data: UserData, rows: list[Row]) -> None:
 
 
 def _read_captions(data: UserData, caption: str | None) -> None:
+    data.images["train"] = data.folder
     files = sorted(p for p in data.folder.rglob("*") if p.is_file() and not _hidden(p, data.folder))
     pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
     known = {p.with_suffix("") for p in pictures}

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_transfusion.adapters import load_adapted
+from mlx_transfusion.adapters import PAINTER, load_adapted
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import read_config, read_weights, save_model
 from mlx_transfusion.model_path import is_adapter, resolve
@@ -35,10 +35,11 @@ def fuse(
     model: Any = loaded.model
     if stored and not dequantize:
         weights = read_weights(path)
-        nn.quantize(
-            model, int(stored["group_size"]), int(stored["bits"]),
-            class_predicate=lambda p, m: hasattr(m, "to_quantized") and f"{p.removeprefix('painter.')}.scales" in weights,
-        )  # fmt: skip
+
+        def wanted(layer: str, module: nn.Module) -> bool:
+            return hasattr(module, "to_quantized") and f"{layer.removeprefix(PAINTER)}.scales" in weights
+
+        nn.quantize(model, int(stored["group_size"]), int(stored["bits"]), class_predicate=wanted)
     dtype = None if stored else _dtype(path)
     extra = {key: table for key, table in loaded.extra.items() if key in TABLES}
     return save_model(output, model, loaded.tokenizer, extra, dtype=dtype)

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from mlx_transfusion import sequence
 from mlx_transfusion.config import ModelConfig
@@ -34,12 +35,14 @@ class Estimate:
     """Copies of what is trained: weights, average and gradient."""
     optimizer: int
     activations: int
-    """What one backward pass keeps."""
+    """What one backward pass keeps, or an update makes anew, whichever is more."""
+    painting: int = 0
+    """The model that previews are painted with, between the steps."""
 
     @property
     def total(self) -> int:
         """The peak, bytes."""
-        return self.weights + self.trained + self.optimizer + self.activations
+        return self.weights + self.trained + self.optimizer + max(self.activations, self.painting)
 
     def parts(self) -> dict[str, int]:
         """The parts and the total by name."""
@@ -48,16 +51,19 @@ class Estimate:
             "trained": self.trained,
             "optimizer": self.optimizer,
             "activations": self.activations,
+            "painting": self.painting,
             "total": self.total,
         }
 
 
 WIDTHS, WIDTHS_ADAPTED = 9, 10
 """Arrays of the model's width that a block keeps for each token: inputs, norms, queries, keys, values and outputs."""
-FEED_FORWARD = 4
-"""Arrays of the feed-forward width that a block keeps for each token."""
+FEED_FORWARD = {"relu": 4, "silu": 6}
+"""Arrays of the feed-forward width that a block keeps for each token, by its gate."""
 SCORES = 2
 """Arrays [heads, T, T] that a block keeps for each row: scores and their softmax."""
+RECOMPUTED = 2.6
+"""Blocks in full beside what goes in and out of all, with gradient checkpointing: one computed again, its gradients."""
 LOGITS = 3
 """Arrays [positions, vocabulary] of the language-model loss: logits, their softmax and its gradient."""
 
@@ -83,6 +89,7 @@ def estimate(config: TrainConfig, model: ModelConfig, lengths: Counter[int]) -> 
         trained=3 * own,
         optimizer=2 * own,
         activations=max(_activations(config, model, lengths, size), 4 * own),
+        painting=_painting(config, model) if config.sample.every else 0,
     )
 
 
@@ -100,7 +107,8 @@ def _matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shape of each matrix of a block by its name in the block."""
     d, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim
     return {
-        "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d),
+        "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
         "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
     }  # fmt: skip
 
@@ -126,13 +134,25 @@ def _activations(config: TrainConfig, model: ModelConfig, lengths: Counter[int],
     tokens = rows * t
     dora = config.adapter is not None and config.adapter.type == "dora"
     widths = WIDTHS if config.adapter is None else WIDTHS_ADAPTED
-    block = tokens * ((widths + 3 * dora) * d + (FEED_FORWARD + 2 * dora) * f)
+    block = tokens * ((widths + 3 * dora) * d + (FEED_FORWARD[model.hidden_act] + 2 * dora) * f)
     block += SCORES * rows * model.num_attention_heads * t * t
     kept = block * model.num_hidden_layers
     if config.gradient_checkpointing:
-        # Each block's input, and one block in full.
-        kept = tokens * d * model.num_hidden_layers + 2 * block
+        kv = model.kv_heads * model.head_dim
+        kept = int(tokens * (d + 2 * kv) * model.num_hidden_layers + RECOMPUTED * block)
     return size * (kept + LOGITS * text * model.vocab_size)
+
+
+def _painting(config: TrainConfig, model: ModelConfig) -> int:
+    """Bytes of previews: a float32 copy of the base under an adapter, and the passes of all prompts at once."""
+    matrices, rest = parameter_counts(model)
+    spec = config.adapter
+    copies = 0 if spec is None else 2 if spec.modality == "image" else 1
+    n = model.patches_per_image
+    tokens = 2 * len(config.sample.prompts) * n  # with and without the prompt, for guidance
+    widths = model.intermediate_size * 3 + model.hidden_size * 4 + model.num_attention_heads * n
+    cache = 2 * tokens * model.hidden_size * model.num_hidden_layers
+    return FLOAT * (copies * (matrices + rest) + tokens * widths + cache)
 
 
 def _packed(config: TrainConfig, model: ModelConfig, lengths: Counter[int]) -> tuple[int, int]:
@@ -183,7 +203,7 @@ def machine_memory() -> int | None:
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     try:
-        for line in open("/proc/meminfo", encoding="ascii"):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -65,15 +65,13 @@ def make_plan(config: FinetuneConfig, write: bool = True) -> Plan:
     tokenizer = Tokenizer.load(path)
     data = read_user_data(Path(config.data), config.caption)
     target = Path(config.output) / "rows"
-    rows = (
-        write_rows(data, target) if write else {split: target / "unused" for split in ("train", *data.rows)}
-    )
+    rows = _places(data, target, write)
     tokens = [len(tokenizer.encode(text)) for text in data.texts]
     lengths = _lengths(data, tokenizer, model)
     prior = None
     if config.prior is not None:
         past = read_user_data(Path(config.prior))
-        prior = write_rows(past, target / "prior")["train"] if write else target / "unused"
+        prior = _places(past, target / "prior", write)["train"]
         lengths += _lengths(past, tokenizer, model)
     plan = train_config(config, model, rows, prior, lengths)
     return Plan(plan, data, estimate(plan, model, Counter(lengths)), tokens)
@@ -107,6 +105,13 @@ def _export(checkpoint: Path, target: Path, model: str) -> Path:
     config = lora.read_adapter_config(checkpoint)
     write_json(target / ADAPTER_CONFIG, dataclasses.replace(config, model=base_name(model, target)).to_dict())
     return target
+
+
+def _places(data: UserData, target: Path, write: bool) -> dict[str, tuple[Path, Path]]:
+    """The jsonl file (written into `target`, or only named) and the pictures of each split."""
+    if not write:
+        return {split: (target / f"{split}.jsonl", place) for split, place in data.images.items()}
+    return {split: (file, data.images[split]) for split, file in write_rows(data, target).items()}
 
 
 def _check_model(config: FinetuneConfig, model: ModelConfig) -> None:
