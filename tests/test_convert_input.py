@@ -230,7 +230,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Small checkpoints of many families, each with its configs."""
     top = tmp_path_factory.mktemp("checkpoints")
-    names = ("bagel", "kl-8ch", "kl-flux", "monoformer", "monoformer-clip", "transfusion-pytorch")
+    names = ("bagel", "kl-8ch", "kl-flux", "monoformer", "monoformer-clip", "show-o2", "transfusion-pytorch")
     for name in names:
         shutil.copytree(FIXTURES / name, top / name, ignore=shutil.ignore_patterns("io.*"))
     janusflow_tools.official_folder(top / "janusflow")
