@@ -28,6 +28,7 @@ QWEN: dict[str, Any] = {
 }  # fmt: skip
 SIGLIP: dict[str, Any] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 384, "patch_size": 14,
 }  # fmt: skip
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B-Instruct": QWEN | {
@@ -70,9 +71,10 @@ def read_config(source: Source, checkpoint: Checkpoint) -> ShowO2Config:
     for key in ("add_qk_norm", "add_time_embeds"):
         if data.get(key) is not True:
             raise UserError(f"{file}: {key} is {data.get(key)!r}, and only true can be converted")
-    rows = checkpoint.tensors.get("position_embedding.weight")
-    if rows is None:
-        raise UserError(f"{checkpoint.where}: has no position_embedding.weight: not a Show-o2 checkpoint")
+    vision, rows = _vision(source, data, file)
+    stored = checkpoint.tensors.get(
+        "position_embedding.weight"
+    )  # a table that was resized in training tells it
     given = source.json("vae_config.json")
     coder = _fields(WanConfig, given, source.folder / "vae_config.json") if given else WAN
     if (latents := _number(data, "image_latent_dim", file)) != coder.z_dim:
@@ -81,12 +83,12 @@ def read_config(source: Source, checkpoint: Checkpoint) -> ShowO2Config:
         )
     return ShowO2Config(
         text=_text(source, data, file),
-        vision=_vision(source, data, file),
+        vision=vision,
         head=_head(source, data),
         autoencoder=coder,
         grid_height=_number(data, "image_latent_height", file),
         grid_width=_number(data, "image_latent_width", file),
-        position_rows=rows.shape[0],
+        position_rows=stored.shape[0] if stored and stored.shape else rows,
         patch_size=_number(data, "patch_size", file),
         **_tokens(source),
     )
@@ -120,15 +122,15 @@ def _text(source: Source, data: Mapping[str, Any], file: Path) -> LlamaConfig:
     return _fields(LlamaConfig, kept | {"vocab_size": vocabulary, "qkv_bias": True}, place)
 
 
-def _vision(source: Source, data: Mapping[str, Any], file: Path) -> VisionConfig:
-    """SigLIP's sizes. The official code leaves the last layer out."""
+def _vision(source: Source, data: Mapping[str, Any], file: Path) -> tuple[VisionConfig, int]:
+    """SigLIP's sizes, and the rows of its table of positions. The official code leaves the last layer out."""
     found, place = _named(source, data, "clip_pretrained_model_path", file)
     vision = found.get("vision_config", found)
     if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise UserError(f"{place}: hidden_act is {vision['hidden_act']!r}, expected gelu_pytorch_tanh")
-    return _fields(
-        VisionConfig, vision | {"num_hidden_layers": _number(vision, "num_hidden_layers", place) - 1}, place
-    )
+    layers = {"num_hidden_layers": _number(vision, "num_hidden_layers", place) - 1}
+    side = _number(vision, "image_size", place) // max(1, _number(vision, "patch_size", place))
+    return _fields(VisionConfig, vision | layers, place), side**2
 
 
 def _head(source: Source, data: Mapping[str, Any]) -> HeadConfig:

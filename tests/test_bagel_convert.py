@@ -23,15 +23,16 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import flat_parameters, load
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.bagel import Bagel
+from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_layers import BagelTextConfig
 from mlx_transfusion.models.vision_layers import VisionConfig
 from mlx_transfusion.painting import prefill
 from mlx_transfusion.settings import GenerationSettings
 
 try:
-    from mlx_transfusion.convert import autoencoder, bagel, bagel_config, sources, table
+    from mlx_transfusion.convert import autoencoder, bagel, bagel_config, sources, synthetic, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import autoencoder, bagel, bagel_config, sources, table  # type: ignore[no-redef]
+    from convert import autoencoder, bagel, bagel_config, sources, synthetic, table  # type: ignore[no-redef]
 
 Cli = Callable[..., Any]
 FIXTURE = Path(__file__).parent / "fixtures" / "bagel"
@@ -123,6 +124,47 @@ def test_the_public_sizes_come_out_of_the_same_table(official: Path) -> None:
     }
     assert public.latent_numbers == 64
     assert public.layout.picture_tokens == 4902
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published sizes: true names and shapes, and holes for numbers."""
+    folder = tmp_path_factory.mktemp("real") / "BAGEL-7B-MoT"
+    folder.mkdir()
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "max_position_embeddings": 32768, "hidden_act": "silu", "model_type": "qwen2",
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "patch_size": 14, "image_size": 980,
+    }  # fmt: skip
+    (folder / "llm_config.json").write_text(json.dumps(text))
+    (folder / "vit_config.json").write_text(json.dumps(vision))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    for name in (bagel.WEIGHTS, bagel.AUTOENCODER):
+        (folder / name).touch()
+    plan = synthetic.plan_from_config(folder)
+    coder = BagelConfig.from_dict(json.loads(json.dumps(plan.config))).autoencoder
+    spelt = [e.under(bagel.CODER, bagel.CODER) for e in autoencoder.entries(coder, "original", flat=False)]
+    own = [e for e in plan.entries if not e.source.startswith(bagel.CODER)]
+    synthetic.write_zeros(replace(plan, entries=(*own, *spelt)), mx.bfloat16)
+    return folder
+
+
+def test_a_dry_run_of_the_published_size(cli: Cli, published: Path) -> None:
+    assert round((published / bagel.WEIGHTS).stat().st_size / 1e9, 2) == 29.21
+    facts = {}
+    for bits in ("whole", "8", "4"):
+        flags = [] if bits == "whole" else ["--quantize", bits]
+        result = cli("convert", published, "--dry-run", "--json", *flags)
+        assert result.code == 0, result.err
+        facts[bits] = json.loads(result.out)
+    assert facts["whole"]["tensors"] == {"in the checkpoint": 1467, "used": 1467, "unused": {}}
+    assert facts["whole"]["parameters"] == pytest.approx(14.69e9, rel=1e-3)
+    assert facts["8"]["weights"] == pytest.approx(15.88e9, rel=0.01)
+    assert facts["4"]["weights"] == pytest.approx(8.94e9, rel=0.01)
 
 
 def test_without_a_file_of_sizes_the_published_ones_hold(tmp_path: Path, official: Path) -> None:

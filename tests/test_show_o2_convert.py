@@ -29,9 +29,9 @@ from mlx_transfusion.models.vision_layers import VisionConfig
 from mlx_transfusion.settings import GenerationSettings
 
 try:
-    from mlx_transfusion.convert import show_o2, show_o2_config, sources, table, wan_vae
+    from mlx_transfusion.convert import show_o2, show_o2_config, sources, synthetic, table, wan_vae
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import show_o2, show_o2_config, sources, table, wan_vae  # type: ignore[no-redef]
+    from convert import show_o2, show_o2_config, sources, synthetic, table, wan_vae  # type: ignore[no-redef]
 
 Cli = Callable[..., Any]
 FIXTURE = Path(__file__).parent / "fixtures" / "show-o2"
@@ -93,7 +93,8 @@ def test_the_public_sizes_come_out_of_the_same_table(official: Path) -> None:
     source = sources.Source(official)
     tiny = show_o2_config.read_config(source, source.open())
     known = show_o2_config.KNOWN["Qwen2.5-1.5B-Instruct"]
-    siglip = show_o2_config.SIGLIP | {"num_hidden_layers": 26}
+    siglip = {k: v for k, v in show_o2_config.SIGLIP.items() if k not in ("image_size", "patch_size")}
+    siglip |= {"num_hidden_layers": 26}
     public = replace(
         tiny, text=LlamaConfig(vocab_size=151936, qkv_bias=True, **known), vision=VisionConfig(**siglip),
         head=HeadConfig(), autoencoder=show_o2_config.WAN, grid_height=27, grid_width=27, position_rows=729,
@@ -113,6 +114,39 @@ def test_the_public_sizes_come_out_of_the_same_table(official: Path) -> None:
     }
     assert public.layout.picture_tokens == 732
     assert (public.grid, public.resizes_positions) == ((27, 27), False)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published 1.5B's sizes: true names and shapes, and holes for numbers."""
+    folder = tmp_path_factory.mktemp("real") / "show-o2-1.5B"
+    folder.mkdir()
+    sizes = {
+        "_class_name": "Showo2Qwen2_5", "add_qk_norm": True, "add_time_embeds": True, "image_latent_dim": 16,
+        "image_latent_height": 27, "image_latent_width": 27, "patch_size": 2, "num_diffusion_layers": 10,
+        "llm_model_path": "Qwen/Qwen2.5-1.5B-Instruct", "llm_vocab_size": 151672,
+        "clip_pretrained_model_path": "google/siglip-so400m-patch14-384",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "vae.safetensors").touch()
+    synthetic.write_zeros(synthetic.plan_from_config(folder), mx.bfloat16, optional=False)
+    return folder
+
+
+def test_a_dry_run_of_the_published_size(cli: Cli, published: Path) -> None:
+    facts = {}
+    for bits in ("whole", "8", "4"):
+        flags = [] if bits == "whole" else ["--quantize", bits]
+        result = cli("convert", published / "model.safetensors", "--dry-run", "--json", *flags)
+        assert result.code == 0, result.err
+        facts[bits] = json.loads(result.out)
+    counts = facts["whole"]["tensors"]
+    assert counts["unused"] == {wan_vae.FILMS: 8}
+    assert counts["used"] + 8 == counts["in the checkpoint"] == 1103
+    assert facts["whole"]["parameters"] == pytest.approx(2.95e9, rel=3e-3)
+    assert facts["8"]["weights"] == pytest.approx(3.408e9, rel=0.01)
+    assert facts["4"]["weights"] == pytest.approx(2.346e9, rel=0.01)
 
 
 def test_models_that_config_json_names_are_known(tmp_path: Path, official: Path) -> None:
