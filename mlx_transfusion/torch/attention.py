@@ -9,14 +9,14 @@ Shapes: B rows, T queries, S keys, H heads, K key/value heads, E head width.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Mask = Tensor | BlockMask | None
+Mask: TypeAlias = "Tensor | BlockMask | None"
 """Boolean [B, 1, T, S] (True = look), a block mask of the same rule, or None: everything is visible."""
 
 BLOCK = 128

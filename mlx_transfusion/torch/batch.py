@@ -26,6 +26,12 @@ class Example(NamedTuple):
     text_weight: Tensor  # float32 [K]
 
 
+def move(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on the device; int32 becomes int64, which PyTorch indexes with."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else None)
+
+
 def encode(pixels: Tensor, config: ModelConfig) -> Tensor:
     """Pixels [M, H, W, C] in [0, 1] -> patches [M, N, P] with unit standard deviation."""
     mean = torch.tensor(config.image_mean, device=pixels.device)
@@ -45,23 +51,22 @@ def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bo
         angle, weight = np.zeros(1, np.float32), np.zeros(1, np.float32)
         patch_index = np.zeros(config.patches_per_image, np.int32)
 
-    def move(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else None, non_blocking=True)
+    def put(array: np.ndarray) -> Tensor:
+        return move(array, device)
 
-    x0 = encode(move(pixels).float() / 255, config)
-    z, angles = patchify(move(noise), config.patch_size), move(angle)
+    x0 = encode(put(pixels).float() / 255, config)
+    z, angles = patchify(put(noise), config.patch_size), put(angle)
     a = angles[:, None, None]
     make_mask = block_mask if flex else dense_mask
     arrays = TrainArrays(
-        ids=move(packed.ids),
-        is_image=move((packed.modality == sequence.IMAGE)[..., None]),
-        patch_row=move(packed.patch_row),
-        patch_index=move(patch_index),
-        text_index=move(packed.text_index),
-        mask=make_mask(move(packed.document), move(packed.image)),
+        ids=put(packed.ids),
+        is_image=put((packed.modality == sequence.IMAGE)[..., None]),
+        patch_row=put(packed.patch_row),
+        patch_index=put(patch_index),
+        text_index=put(packed.text_index),
+        mask=make_mask(put(packed.document), put(packed.image)),
         patches=trigflow.mix(x0, z, a),
         angle=angles,
     )
     target = z if config.prediction == "epsilon" else trigflow.velocity_target(x0, z, a)
-    return Example(arrays, target, move(weight), move(packed.text_target), move(packed.text_weight))
+    return Example(arrays, target, put(weight), put(packed.text_target), put(packed.text_weight))

@@ -40,14 +40,19 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return ModelConfig.from_dict(data, str(folder / CONFIG_FILE)), extra
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every weight, one at a time. Raises UserError for missing or corrupt files."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, by its index if it has one. Raises UserError when there are none."""
     index = folder / INDEX_FILE
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
     files = [folder / name for name in names] or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} is not a model folder: it has no model.safetensors")
-    for file in files:
+    return files
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every weight, one at a time. Raises UserError for missing or corrupt files."""
+    for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  (a file handle, not a dict)
@@ -56,10 +61,11 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{file}: corrupt weights, copy or download the file again: {error}") from error
 
 
-def fill(model: nn.Module, folder: Path) -> None:
+def fill(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> None:
     """Copy a folder's weights into a model of the same shape, sharded or not; they keep the model's precision.
 
-    Raises UserError for missing, unexpected and misshapen weights.
+    optional: beginnings of names that the folder may lack. Raises UserError for missing, unexpected and misshapen
+    weights.
     """
     parameters, found = dict(model.named_parameters()), {}
     with torch.no_grad():
@@ -67,8 +73,12 @@ def fill(model: nn.Module, folder: Path) -> None:
             found[name] = value.to("meta")
             if name in parameters and parameters[name].shape == value.shape:
                 put(parameters[name], value)
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    check_shapes(expected, found, f"{folder}: the weights do not fit the config")  # type: ignore[arg-type]
+    expected = {
+        name: tuple(p.shape)
+        for name, p in parameters.items()
+        if name in found or not name.startswith(optional)
+    }
+    check_shapes(expected, found, f"{folder}: the weights do not fit the config")
 
 
 def load(name: str | os.PathLike[str] | None = None) -> tuple[Transfusion, dict[str, Any]]:

@@ -15,12 +15,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mlx_transfusion.config import ModelConfig
 
+ZERO_LAYERS = ("patch_decoder.proj", "loss_weight.fc2")
+"""Layers whose weights and shifts start at zero."""
 
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill all parameters in place (shards of a distributed model: each process its own part)."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+def initialise(model: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
+    """Fill all parameters in place (shards of a distributed model: each process its own part).
+
+    prefix: of the names of a module that is no part of a model.
+    """
+    shapes = {prefix + name: tuple(p.shape) for name, p in model.named_parameters()}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in zip(shapes, model.parameters(), strict=True):
             device = parameter.device
             put(parameter, first_value(name, shapes, config, seed, device))
 
@@ -48,7 +54,7 @@ def first_value(
     if "norm" in owner:
         return torch.full(shape, float(kind == "weight"), device=device)
     zero_kernel = owner in ("conv_out", "conv2") and kind == "weight"
-    if zero_kernel or owner in ("guidance", "skip_gain") or layer == "patch_decoder.proj":
+    if zero_kernel or owner in ("guidance", "skip_gain") or layer in ZERO_LAYERS:
         return torch.zeros(shape, device=device)
     generator = torch.Generator(device).manual_seed(_seed(seed, name))
     if name == "embed_tokens.weight":

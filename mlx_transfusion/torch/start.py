@@ -50,7 +50,7 @@ def new_model(
                 f"init {config.start}: its {differs[0]} is {getattr(theirs, differs[0])}, [model] of this run says "
                 f"{getattr(shape, differs[0])}"
             )
-        folder.fill(model, path)
+        folder.fill(model, path, optional=("angle_embedding.guidance.",))
     return model
 
 
@@ -61,15 +61,22 @@ def model_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
     }
     if config.model is not None:
-        return model_config(config, tokenizer.vocab_size, special)
-    assert config.start is not None  # checked by TrainConfig
-    shape = folder.read_config(resolve(config.start))[0]
-    return shape if config.consistency is None else dataclasses.replace(shape, prediction="velocity")
+        shape = model_config(config, tokenizer.vocab_size, special)
+    else:
+        assert config.start is not None  # checked by TrainConfig
+        shape = folder.read_config(resolve(config.start))[0]
+        if config.consistency is not None:
+            shape = dataclasses.replace(shape, prediction="velocity")
+    if config.consistency is None:
+        return shape
+    if shape.prediction != "velocity":
+        raise UserError('[model]: a consistency model predicts the "velocity": change prediction')
+    return dataclasses.replace(shape, guidance_condition=config.consistency.guidance_range is not None)
 
 
-def run_config(config: TrainConfig, shape: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint records of its run."""
-    return {"training": config.to_dict(), MODEL: shape.to_dict()}
+def run_config(config: TrainConfig, shape: ModelConfig, extra: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its run; extra: tables for the config.json of an export."""
+    return {"training": config.to_dict(), MODEL: shape.to_dict(), "extra": extra}
 
 
 def check_same_run(recorded: dict[str, Any], wanted: TrainConfig, path: Path) -> None:

@@ -59,6 +59,10 @@ class Step:
         """What is trained beside the model, by name."""
         return {}
 
+    def extra_tables(self) -> dict[str, Any]:
+        """What an export's config.json says besides the model's own fields."""
+        return {}
+
     def signals(self) -> dict[str, float]:
         """What else the metrics are told."""
         return {}

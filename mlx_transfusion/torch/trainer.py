@@ -90,9 +90,8 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, self.trained.values())
         self.average = Average(self.model)
         self.progress = ckpt.Progress()
-        self.saver = ckpt.Saver(
-            self.folder, config.keep, run_config(config, self.model.config), machines.background_save
-        )
+        record = run_config(config, self.model.config, self.step.extra_tables())
+        self.saver = ckpt.Saver(self.folder, config.keep, record, machines.background_save)
         self._bad_in_a_row = 0
 
     def _data_set(self, sources: Any, stream: str) -> DataSet:

@@ -58,7 +58,7 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x.permute(0, 3, 1, 2)
+        x = x.permute(0, 3, 1, 2).contiguous()  # its derivative in forward mode takes no other layout
         return F.group_norm(x, self.groups, self.weight, self.bias).permute(0, 2, 3, 1)
 
 

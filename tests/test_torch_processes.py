@@ -1,0 +1,132 @@
+"""Two processes (gloo, FSDP2): a run that is killed goes on, on one process or on two, from its last checkpoint.
+
+The processes are started here with the variables that torchrun sets, which saves its seconds;
+`examples/emoji/two_processes.py` goes through torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-transfusion[torch]')")
+
+from tiny_training import write_run  # noqa: E402
+
+from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
+from mlx_transfusion.torch.checkpoint import checkpoints  # noqa: E402
+from mlx_transfusion.torch.export import export  # noqa: E402
+from mlx_transfusion.torch.folder import read_weights  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+RUN = "import sys; from mlx_transfusion.torch.train import main; sys.exit(main(sys.argv[1:]))"
+SLOW_STEPS = """
+import time, mlx_transfusion.torch.trainer as trainer
+load = trainer.Trainer._load
+trainer.Trainer._load = lambda self, step: (time.sleep(0.3 * (step > 2)), load(self, step))[1]
+"""
+STUCK_WRITE = """
+import time, mlx_transfusion.torch.checkpoint as checkpoint
+write = checkpoint.Saver._complete
+def stuck(self, temporary, target, record):
+    if record["step"] > 2:
+        time.sleep(60)
+    return write(self, temporary, target, record)
+checkpoint.Saver._complete = stuck
+"""
+
+
+@pytest.fixture(scope="module")
+def toml(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    return write_run(tmp_path_factory.mktemp("torch"), tiny_tokenizer)
+
+
+def start(toml: Path, output: Path, count: int, before: str = "") -> list[subprocess.Popen[str]]:
+    """`count` processes of one run of 8 steps with a checkpoint every other one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = [str(toml), "--set", f"output={output}", "--set", "steps=8"]
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{before}\n{RUN}", *words],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> str:
+    """Wait for all, which must end well; the first one's messages."""
+    told = [p.communicate(timeout=120)[1] for p in processes]
+    assert all(p.returncode == 0 for p in processes), told
+    return told[0]
+
+
+def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert all(p.poll() is None for p in processes), [p.communicate()[1] for p in processes]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of two processes that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    finish(start(toml, output, 2))
+    return output
+
+
+def test_one_of_two_is_killed_and_two_go_on_exactly(toml: Path, whole: Path, tmp_path: Path) -> None:
+    both = start(toml, tmp_path, 2, SLOW_STEPS)
+    wait_for(lambda: bool(checkpoints(tmp_path / "torch")), both)
+    both[1].send_signal(signal.SIGKILL)
+    both[1].communicate()
+    both[0].communicate(timeout=60)  # it cannot go on alone, and must not wait for ever
+    assert both[0].returncode != 0
+    done = checkpoints(tmp_path / "torch")[-1]
+    assert done.name != "step-00000008"
+    assert f"resumed from {done} (2 processes wrote it)" in finish(start(toml, tmp_path, 2))
+    assert losses(tmp_path) == losses(whole)
+    first, second = (
+        dict(read_weights(export(out / "torch/step-00000008", tmp_path / name)))
+        for name, out in (("a", whole), ("b", tmp_path))
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_both_are_killed_while_they_save_and_one_goes_on(toml: Path, whole: Path, tmp_path: Path) -> None:
+    both = start(toml, tmp_path, 2, STUCK_WRITE)
+    unfinished = tmp_path / "torch/.writing-step-00000004"
+    wait_for(lambda: (unfinished / ".metadata").is_file(), both)
+    for p in both:
+        p.kill()
+        p.communicate()
+    assert [p.name for p in checkpoints(tmp_path / "torch")] == ["step-00000002"]
+    assert "step-00000002 (2 processes wrote it)" in finish(start(toml, tmp_path, 1))
+    assert not unfinished.exists()
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
