@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_transfusion.cli import lora, tokenizer
+from mlx_transfusion.cli import autoencoder, lora, tokenizer
 from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.convert import convert
 from mlx_transfusion.cli.describe import describe
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 for verb in (generate, edit, describe, complete, convert, info, train, finetune, distill, evaluate, fuse):
     app.command()(verb)
+app.add_typer(autoencoder.app, name="autoencoder")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(lora.app, name="lora")
 

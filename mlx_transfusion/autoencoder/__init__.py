@@ -1,0 +1,1 @@
+"""The autoencoder's own work: folders, training, cached latents, previews, measures."""

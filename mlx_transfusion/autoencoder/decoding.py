@@ -1,0 +1,52 @@
+"""A file of latents back into pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_transfusion.autoencoder.folder import LoadedAutoencoder
+from mlx_transfusion.autoencoder.latents import LatentCache
+from mlx_transfusion.autoencoder.measures import to_uint8
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.images import save_png
+from mlx_transfusion.models.autoencoder_tiles import Tiling, decode_tiled
+from mlx_transfusion.training.image_store import ImageFolder, ImageRef
+
+
+def decode_latents(autoencoder: LoadedAutoencoder, latents: np.ndarray) -> np.ndarray:
+    """Normalised latents [B, h, w, C] -> pixels uint8 [B, H, W, 3]; large pictures in tiles. Raises UserError."""
+    model = autoencoder.model
+    model.check_latents(latents.shape)
+    raw = model.denormalize(mx.array(latents, mx.float32))
+    if max(latents.shape[1:3]) <= Tiling().tile:
+        return to_uint8(np.array(model.decode(raw)))
+    return to_uint8(decode_tiled(model, np.array(raw)))
+
+
+def decode_file(
+    autoencoder: LoadedAutoencoder, file: Path, folder: Path, count: int | None = None, preview: bool = False
+) -> Iterator[Path]:
+    """Write NAME.png of the first `count` pictures of a file of latents; gives each path when it is written.
+
+    preview: one pixel for each latent element, by the folder's linear map. Raises UserError for latents of another
+    autoencoder, and for a preview where the folder has none.
+    """
+    cache = LatentCache(file)
+    cache.check(autoencoder.fingerprint, cache.shape[2:], str(autoencoder.path))
+    if preview and autoencoder.preview is None:
+        raise UserError(f"{autoencoder.path}: holds no preview: it was not trained here; leave out --preview")
+    store = ImageFolder(folder)
+    for name in cache.names[:count]:
+        latents = cache.load([ImageRef(store, name)])
+        pixels = (
+            autoencoder.preview(latents)
+            if preview and autoencoder.preview
+            else decode_latents(autoencoder, latents)
+        )
+        target = folder / Path(name).with_suffix(".png").name
+        save_png(target, pixels[0], {"latents": str(file), "autoencoder": autoencoder.fingerprint})
+        yield target

@@ -1,0 +1,103 @@
+"""An autoencoder as a folder: config.json, model.safetensors, and preview.safetensors where it was trained here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_transfusion.autoencoder.preview import Preview
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_files import read_json, read_safetensors, write_json, write_safetensors
+from mlx_transfusion.model_io import EXTRA_KEYS, check_weights, flat_parameters, read_weights, weight_files
+from mlx_transfusion.model_path import CONFIG_FILE
+from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from mlx_transfusion.models.autoencoder_config import MODEL_TYPE
+
+WEIGHTS_FILE, PREVIEW_FILE = "model.safetensors", "preview.safetensors"
+SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass
+class LoadedAutoencoder:
+    """An autoencoder ready for use."""
+
+    model: AutoencoderKL
+    path: Path
+    preview: Preview | None
+    """The linear map from its latents to small pictures, where the folder holds one."""
+
+    @property
+    def config(self) -> AutoencoderConfig:
+        """Its configuration."""
+        return self.model.config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of its weights' bytes and the scale of its latents."""
+        scale = {name: getattr(self.config, name) for name in SCALE_FIELDS}
+        digest = hashlib.sha256(json.dumps(scale, sort_keys=True).encode())
+        for file in weight_files(self.path):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        return digest.hexdigest()[:16]
+
+
+def load_autoencoder(folder: str | os.PathLike[str]) -> LoadedAutoencoder:
+    """Read a folder that `save_autoencoder` or `convert` wrote; weights as float32.
+
+    Raises UserError for a folder that is missing, diffusers' own, or corrupt.
+    """
+    path = Path(folder)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: no folder of an autoencoder: it has no {CONFIG_FILE}")
+    config = read_config(path)
+    model = AutoencoderKL(config)
+    weights = read_weights(path)
+    check_weights(model, weights, str(path))
+    model.load_weights(list(weights.items()))
+    model.set_dtype(mx.float32)
+    model.eval()
+    mx.eval(model.parameters())
+    file = path / PREVIEW_FILE
+    preview = Preview.from_arrays(read_safetensors(file), config, str(file)) if file.is_file() else None
+    return LoadedAutoencoder(model, path, preview)
+
+
+def read_config(path: Path) -> AutoencoderConfig:
+    """config.json of such a folder. Raises UserError for another model's and for diffusers'."""
+    file = path / CONFIG_FILE
+    data = {key: value for key, value in read_json(file).items() if key not in EXTRA_KEYS}
+    if data.get("_class_name") == "AutoencoderKL":
+        raise UserError(f"{path}: is diffusers' folder: convert it first (mlx-transfusion convert)")
+    if data.get("model_type") != MODEL_TYPE:
+        raise UserError(f'{file}: model_type is {data.get("model_type")!r}, expected "{MODEL_TYPE}"')
+    return AutoencoderConfig.from_dict(data, str(file))
+
+
+def save_autoencoder(
+    folder: str | os.PathLike[str],
+    model: AutoencoderKL,
+    config: AutoencoderConfig | None = None,
+    preview: Preview | None = None,
+) -> Path:
+    """Write a folder that `load_autoencoder` reads; config.json, of `config` or the model's own, comes last.
+
+    Raises UserError when it cannot be written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path / WEIGHTS_FILE, flat_parameters(model))
+        if preview is not None:
+            write_safetensors(path / PREVIEW_FILE, preview.arrays())
+        write_json(path / CONFIG_FILE, (config or model.config).to_dict())
+    except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot write the autoencoder: {error}") from error
+    return path

