@@ -74,7 +74,6 @@ CASES: dict[str, tuple[str, Make]] = {
     "monoformer-clip": ("monoformer", fixture("monoformer-clip", "kl-sd")),
     "lucidrains": ("transfusion_pytorch", fixture("transfusion-pytorch")),
     "lucidrains, options": ("transfusion_pytorch", fixture("transfusion-pytorch-options")),
-    "show_o2": ("show_o2", fixture("show-o2")),
     "kl-sd": ("autoencoder", fixture("kl-sd")),
     "kl-flux": ("autoencoder", fixture("kl-flux")),
     "transfusion": ("transfusion", lambda folder: OURS[0](folder)),
