@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import llama_tools as tools
 import pytest
 from convert_package import module
