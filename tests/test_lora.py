@@ -464,7 +464,7 @@ def test_a_full_disk_leaves_nothing_half(pair: Path, monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise RuntimeError("[save] Unable to write 12 bytes to file.")
 
-    monkeypatch.setattr("mlx_transfusion.model_files.mx.save_safetensors", full)
+    monkeypatch.setattr("mlx.core.save_safetensors", full)
     with pytest.raises(UserError, match=r"cannot write the adapter: .*Unable to write"):
         made(pair)
     assert list((pair / "adapter").iterdir()) == []
