@@ -25,7 +25,14 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
 )
 """A message is a block of text without a word about who speaks; the tokenizer's own template is Qwen's."""
-LICENCE = Card("ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0", url="https://github.com/ByteDance-Seed/Bagel")
+GENERATION = {"sampler": "ddim", "spacing": "flow", "steps": 49, "guidance": 4.0}
+"""The official program's Euler steps and scale, without its shift of the times and its renormalisation."""
+CARD = Card(
+    "ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0", url="https://github.com/ByteDance-Seed/Bagel",
+    notes="`describe --question` asks about a picture. Sizes of pictures stand in config.json: image_height and "
+    "image_width up to 1024, multiples of 16; input_height and input_width up to 980, multiples of 14. The official "
+    "sampler with its renormalised guidance, and editing, are in Python: mlx_transfusion.models.bagel_guidance.",
+)  # fmt: skip
 
 
 def detect(source: Source) -> bool:
@@ -54,8 +61,9 @@ def plan(source: Source) -> Plan:
         parts={"": source.open(WEIGHTS if source.has(WEIGHTS) else ""), CODER: coder},
         entries=(*entries(config), *(e.under(CODER, CODER) for e in latents)),
         files=files,
-        card=LICENCE,
+        card=CARD,
         precision=precision,
+        extra={"generation": GENERATION},
     )
 
 

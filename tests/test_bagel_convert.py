@@ -219,6 +219,13 @@ def test_missing_parts(tmp_path: Path, official: Path) -> None:
 # ---- what it can do ----
 
 
+def test_it_paints_as_its_authors_do(converted: Path) -> None:
+    loaded = load(converted)
+    settings = GenerationSettings().for_model(loaded.extra, loaded.name)
+    assert (settings.sampler, settings.spacing, settings.steps) == ("ddim", "flow", 49)
+    assert settings.guidance == 4.0
+
+
 def test_it_paints(converted: Path) -> None:
     """A picture depends on its prompt and its seed, and not on what is painted beside it."""
     loaded = load(converted)
