@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +44,28 @@ def read_config(source: Source) -> MonoFormerConfig:
         name: data[name] for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings") if name in data
     }
     size = _number(data, "image_size", file)
-    heads = _number(data, "num_attention_heads", file)
-    return MonoFormerConfig(
-        vocab_size=words,
-        hidden_size=_number(data, "hidden_size", file),
-        num_hidden_layers=_number(data, "num_hidden_layers", file),
-        num_attention_heads=heads,
-        num_key_value_heads=data.get("num_key_value_heads") or heads,
-        intermediate_size=_number(data, "intermediate_size", file),
-        bos_token_id=_number(data, "bos_token_id", file),
-        eos_token_id=_number(data, "eos_token_id", file),
-        pad_token_id=image - 1,
-        image_token_id=image,
-        boi_token_id=image + 1,
-        eoi_token_id=image + 2,
-        latent_size=size // VAE_FACTOR,
-        latent_channels=_number(data, "in_channels", file),
-        patch_size=_number(data, "patch_size", file),
-        position_sines=bool(data.get("use_pos_embed", True)),
-        picture_attention=bool(data.get("use_bi_attn_img_tokens", True)),
-        vision=_read_vision(source, data),
-        **fields,
-    )
+    heads, vision = _number(data, "num_attention_heads", file), _read_vision(source, data)
+    fields |= {
+        "vocab_size": words,
+        "hidden_size": _number(data, "hidden_size", file),
+        "num_hidden_layers": _number(data, "num_hidden_layers", file),
+        "num_attention_heads": heads,
+        "num_key_value_heads": data.get("num_key_value_heads") or heads,
+        "intermediate_size": _number(data, "intermediate_size", file),
+        "bos_token_id": _number(data, "bos_token_id", file),
+        "eos_token_id": _number(data, "eos_token_id", file),
+        "pad_token_id": image - 1,
+        "image_token_id": image,
+        "boi_token_id": image + 1,
+        "eoi_token_id": image + 2,
+        "latent_size": size // VAE_FACTOR,
+        "latent_channels": _number(data, "in_channels", file),
+        "patch_size": _number(data, "patch_size", file),
+        "position_sines": bool(data.get("use_pos_embed", True)),
+        "picture_attention": bool(data.get("use_bi_attn_img_tokens", True)),
+        "vision": None if vision is None else dataclasses.asdict(vision),
+    }
+    return MonoFormerConfig.from_dict(fields, str(file))
 
 
 def _number(data: dict[str, Any], key: str, file: Path) -> int:
