@@ -40,7 +40,7 @@ def read_config(source: Source) -> MonoFormerConfig:
     words = _number(data, "vocab_size", file) if embedding is None else embedding.shape[0]
     # Pad, image, begin and end are the last tokens of the official tokenizer.
     image = words - 3 if data.get("image_token_index") is None else _number(data, "image_token_index", file)
-    fields = {
+    fields: dict[str, Any] = {
         name: data[name] for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings") if name in data
     }
     size = _number(data, "image_size", file)
