@@ -85,7 +85,7 @@ def paint_after(
     guidance. A model with `guidance_condition` needs none: it is told the scale. picture: its number in the
     document, which addresses its noise. The caches stay as they are.
     """
-    velocity = _guided_velocity(model, cache, guide, settings)
+    velocity = guided_velocity(model, cache, guide, settings)
     return walk(model, velocity, seeds, settings, picture, callback)
 
 
@@ -126,7 +126,7 @@ def _angles(model: PictureFamily, settings: ResolvedSettings) -> list[float]:
     return sampling.angle_schedule(settings.steps, start, settings.spacing)
 
 
-def _guided_velocity(
+def guided_velocity(
     model: PictureFamily, cache: KVCache, guide: KVCache | None, settings: ResolvedSettings
 ) -> sampling.Velocity:
     """velocity(x [B, N, P], angle) -> [B, N, P]: conditional, or guided where guidance is active.

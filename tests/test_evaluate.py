@@ -439,3 +439,17 @@ def test_the_emoji_config_is_valid(tmp_path: Path) -> None:
     config = load_config(EXAMPLES / "evaluate.toml", tmp_path)
     assert config.counts.pictures == 200
     assert config.counts.descriptions == 200
+
+
+def test_the_table_of_errors_by_angle(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    teacher = load(tiny_model_dir)
+    student = save_model(tmp_path / "student", teacher.model, teacher.tokenizer)
+    flags = ["--config", str(folder / "evaluate.toml"), "--count", "3", "--guidance", "1"]
+    monkeypatch.setattr(sys, "argv", ["flow_map.py", str(tiny_model_dir), str(student), *flags])
+    script("flow_map").main()
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[1:] for row in rows[1:]] == [rows[0][1:]]  # the same weights
+    assert len(head) == len(rows[0])
+    assert 0 < float(rows[0][1]) < float(rows[0][3])
