@@ -10,17 +10,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from llama_tools import config as llama_config
+from llama_tools import random_llama
 from mlx.utils import tree_flatten
 from tiny_training import write_run
 
 from mlx_transfusion import lora
-from mlx_transfusion.adapters import load_adapted, parse
+from mlx_transfusion.adapters import load_adapted, parse, with_adapters
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Token
 from mlx_transfusion.finetune.fuse import fuse
 from mlx_transfusion.finetune.layers import AdaptedLinear, Gate, flat_trained, insert, plain_weight, targets
+from mlx_transfusion.foreign_lora import read_foreign
 from mlx_transfusion.interleave import complete
+from mlx_transfusion.lora import linear_layers
 from mlx_transfusion.model_io import flat_parameters, load, read_weights, save_model
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import paint
@@ -382,3 +386,31 @@ def test_the_bundled_student_keeps_its_fingerprint_and_takes_an_adapter_of_its_t
     after = dict(tree_flatten(load_adapted("emoji-2step", [str(tmp_path)]).model.parameters()))
     for place in (f"{key}.weight", f"painter.{key}.weight"):
         np.testing.assert_allclose(np.array(after[place] - before[place]), 0.01, rtol=1e-2)
+
+
+# ---- converted families ----
+
+
+def test_adapters_of_a_language_model(tmp_path: Path) -> None:
+    """A PEFT LoRA goes into a Llama; a fresh adapter of ours changes nothing; image-only has no place."""
+    model = random_llama(llama_config())
+    ids, lengths = np.array([[1, 5, 7]]), np.array([3])
+    before = np.array(model.prefill(ids, lengths)[0])
+    layer = next(n for n in sorted(linear_layers(model)) if n.endswith("layers.1.self_attn.o_proj"))
+    weight = dict(tree_flatten(model.parameters()))[f"{layer}.weight"]
+    outputs, inputs = weight.shape
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, inputs)), rng.normal(size=(outputs, 2))
+    file = tmp_path / "l.safetensors"
+    names = {f"base_model.model.{layer}.lora_{half}.weight": x for half, x in (("A", a), ("B", b))}
+    mx.save_safetensors(str(file), {name: mx.array(x.astype(np.float32)) for name, x in names.items()})
+    part, _ = read_foreign(file, model, "tiny")
+    adapted = with_adapters(model, [part])
+    made = dict(tree_flatten(adapted.parameters()))[f"{layer}.weight"]
+    np.testing.assert_allclose(np.array(made), np.array(weight) + b @ a, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(np.array(adapted.prefill(ids, lengths)[0]), before)
+    with pytest.raises(UserError, match="image-only adapter is for models of type transfusion"):
+        with_adapters(model, [part._replace(image_only=True)])
+    fresh = random_llama(llama_config())
+    insert(fresh, AdapterTraining(rank=2), 0, Gate())
+    np.testing.assert_array_equal(np.array(fresh.prefill(ids, lengths)[0]), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.config import AdapterTraining
 
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 TRAINED = ("lora_a", "lora_b", "m")
 """Names of the arrays of an adapter in its layer."""
 
@@ -80,13 +82,14 @@ def plain_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
 def targets(model: nn.Module, spec: AdapterTraining) -> list[str]:
     """Names of the linear layers that get an adapter. Raises UserError when there are none."""
     names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear | nn.QuantizedLinear)]
-    blocks = sorted({int(n.split(".")[1]) for n in names if n.startswith("layers.")})
+    block_of = {n: int(match.group(1)) for n in names if (match := _BLOCK.search(n))}
+    blocks = sorted(set(block_of.values()))
     kept = blocks if spec.layers < 0 else blocks[len(blocks) - min(spec.layers, len(blocks)) :]
     found = [
         n
         for n in sorted(names)
         if any(fnmatchcase(n, pattern) for pattern in spec.targets)
-        and (not n.startswith("layers.") or int(n.split(".")[1]) in kept)
+        and (n not in block_of or block_of[n] in kept)
     ]
     if not found:
         raise UserError(
