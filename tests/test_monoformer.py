@@ -552,3 +552,17 @@ def test_config_survives_json(golden: Golden) -> None:
     assert MonoFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UserError, match="unknown key"):
         MonoFormerConfig.from_dict(config.to_dict() | {"heads": 3})
+
+
+def test_half_precision_and_few_bits_go_on_painting(golden: Golden, tokenizer: Path, tmp_path: Path) -> None:
+    """bfloat16, and 8 bits in the layers: near the whole numbers' velocity, in float32 outside."""
+    converted(
+        golden, tokenizer, tmp_path / "out", "--quantize", "8", "--group-size", "32", "--dtype", "bfloat16"
+    )
+    model = load(tmp_path / "out", dtype=mx.bfloat16).pictures
+    x, angle = patches(golden.io["gen.x_t"]), mx.array([0.8])
+    before = [prefixes(golden)[0]]
+    v = model.velocity(x, angle, prefill(model, before))
+    assert v.dtype == mx.float32
+    expected = golden.model.velocity(x, angle, prefill(golden.model, before))
+    assert float(mx.abs(v - expected).max()) < 0.05 * float(mx.abs(expected).max())

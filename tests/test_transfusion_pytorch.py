@@ -478,3 +478,14 @@ def test_latents_of_an_autoencoder(golden: Golden, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="latent channels"):
         convert.plan(sources.Source(golden.folder, autoencoder=FIXTURES / "kl-sd"))
+
+
+def test_half_precision_and_few_bits_go_on_painting(golden: Golden, tmp_path: Path) -> None:
+    """bfloat16, and 8 bits in the layers: near the whole numbers' velocity, in float32 outside."""
+    converted(golden.folder, tmp_path / "out", "--quantize", "8", "--group-size", "32", "--dtype", "bfloat16")
+    model = load(tmp_path / "out", dtype=mx.bfloat16).pictures
+    x, angle = mx.random.normal((1, *model.latent_shape), key=mx.random.key(2)), mx.array([1.1])
+    v = model.velocity(x, angle, prefill(model, [prefix(golden)]))
+    assert v.dtype == mx.float32
+    expected = golden.model.velocity(x, angle, prefill(golden.model, [prefix(golden)]))
+    assert float(mx.abs(v - expected).max()) < 0.08 * float(mx.abs(expected).max())
