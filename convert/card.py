@@ -18,7 +18,6 @@ def model_card(account: Account, name: str) -> str:
     if card.licence != "unknown":
         head += [f"license: {_yaml(card.licence)}"]
     head += [f"pipeline_tag: {card.pipeline}", "---"]
-    paints = card.pipeline != "text-generation"
     source = f"[{card.base_model}]({card.url})" if card.url else card.base_model
     body = [
         f"# {name}",
@@ -30,10 +29,7 @@ def model_card(account: Account, name: str) -> str:
         f"{bits_a_weight(account):.2f} bits a weight{_how(account)}.",
         *([f"- {card.notes}"] if card.notes else []),
         "",
-        "```",
-        "pip install mlx-transfusion",
-        f'mlx-transfusion {"generate" if paints else "complete"} --model {name} "a red heart"',
-        "```",
+        *(_usage(name, card.pipeline) if account.plan.model is None else []),
     ]
     return "\n".join([*head, "", *body, ""])
 
@@ -43,9 +39,15 @@ def bits_a_weight(account: Account) -> float:
     return 8 * account.nbytes / account.parameters
 
 
+def _usage(name: str, pipeline: str) -> list[str]:
+    text = 'complete "The capital of France is"'
+    verb = text if pipeline == "text-generation" else 'generate "a red heart"'
+    return ["```", "pip install mlx-transfusion", f"mlx-transfusion {verb} --model {name}", "```"]
+
+
 def _licence(licence: str, note: str) -> str:
-    said = "not stated by the source" if licence == "unknown" else licence
-    return f"{said}. {note}".strip() if note else f"{said}, as the original's."
+    said = "not stated by the source" if licence == "unknown" else f"{licence}, as the original's"
+    return f"{said}. {note}".strip()
 
 
 def _how(account: Account) -> str:
@@ -54,7 +56,8 @@ def _how(account: Account) -> str:
         return ""
     others = sum(isinstance(value, dict) for value in table.values())
     mode = table.get("mode", "affine")
-    differing = f"; {others} matrices with a setting of their own" if others else ""
+    noun = "matrix with a setting of its own" if others == 1 else "matrices with a setting of their own"
+    differing = f"; {others} {noun}" if others else ""
     return f" ({mode}, {table['bits']} bits in groups of {table['group_size']}{differing})"
 
 

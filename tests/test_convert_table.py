@@ -143,7 +143,8 @@ def test_the_files_of_the_folder(tmp_path: Path) -> None:
     assert 'base_model: "org/Toy"' in head
     assert 'license: "apache-2.0"' in head
     assert "https://example.org" in card
-    assert "mlx-transfusion generate --model out" in card
+    assert "mlx-transfusion generate" not in card  # a part paints nothing by itself
+    assert "4 bits in groups of 32; 1 matrix with a setting of its own" in card
 
 
 def test_every_fault_is_listed_and_nothing_is_written(tmp_path: Path) -> None:
