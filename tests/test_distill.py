@@ -31,6 +31,7 @@ from mlx_transfusion.training.trainer import Trainer, train
 DISTILL = """
 [consistency]
 teacher = "teacher"
+adaptive_weight = true
 guidance = 2.0
 tangent_warmup = 2
 valid_pictures = 3

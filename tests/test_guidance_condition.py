@@ -36,6 +36,7 @@ from mlx_transfusion.training.trainer import Trainer, train
 TABLE = """
 [consistency]
 teacher = "teacher"
+adaptive_weight = true
 guidance = 2.0
 guidance_range = [1.0, 4.0]
 tangent_warmup = 0

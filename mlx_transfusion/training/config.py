@@ -98,8 +98,9 @@ class ConsistencyConfig:
     """Equal parts of the run at whose ends the gap between both points shrinks. "ect" alone, as the next."""
     gap_factor: float = 2.0
     """By how much it shrinks, from 1/gap_factor in the first stage on."""
-    adaptive_weight: bool = True
-    """Learn the weight w(angle) of the loss beside the model (section 4.2)."""
+    adaptive_weight: bool = False
+    """Learn the weight w(angle) of the loss beside the model (section 4.2). On in the paper; off here, because beside
+    a tangent normalised by its root mean square it can grow without end near pi/2 (docs/consistency.md)."""
     angles: tuple[float, ...] = (1.1,)
     """Where the student paints again after its first step, radians: the paper's two-step sampler."""
     valid_pictures: int = 32
