@@ -24,7 +24,10 @@ from mlx_transfusion.training.image_store import ImageRef
 from mlx_transfusion.training.pixels import load_pixels
 
 FORMAT, NAME = "mlx-transfusion-latents", "latents"
-DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"float32": ("F32", np.dtype("<f4")), "float16": ("F16", np.dtype("<f2"))}
+DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
+    "float32": ("F32", np.dtype("<f4")),
+    "float16": ("F16", np.dtype("<f2")),
+}
 PART = 16
 """Pictures encoded at once, where one is no larger than a tile."""
 
