@@ -63,7 +63,7 @@ FEED_FORWARD = {"relu": 4, "silu": 6}
 SCORES = 2
 """Arrays [heads, T, T] that a block keeps for each row: scores and their softmax."""
 RECOMPUTED = 2.6
-"""Blocks in full beside what goes in and out of all with gradient checkpointing: one made again, and its gradients."""
+"""Blocks in full beside what goes in and out of all with gradient checkpointing: one made again, its gradients."""
 LOGITS = 3
 """Arrays [positions, vocabulary] of the language-model loss: logits, their softmax and its gradient."""
 
