@@ -49,6 +49,7 @@ FAMILIES = {
     "bagel": "bagel",
     "janusflow": "janusflow",
     "llama": "llama",
+    "llama_painter": "llama_painter",
     "monoformer": "monoformer",
     "show_o2": "show_o2",
     "transfusion": "transfusion",
