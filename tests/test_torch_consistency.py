@@ -35,7 +35,7 @@ GROUPED = {"num_key_value_heads": 2, "qk_norm": True, "patch_skip": True, "patch
 
 
 def close(a: Any, b: Any, limit: float = 1e-4) -> None:
-    a, b = np.array(a), np.array(b)
+    a, b = np.asarray(a), np.asarray(b)
     assert np.linalg.norm(a - b) < limit * np.linalg.norm(b), (a, b)
 
 

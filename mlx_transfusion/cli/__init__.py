@@ -16,10 +16,12 @@ from mlx_transfusion.cli.describe import describe
 from mlx_transfusion.cli.distill import distill
 from mlx_transfusion.cli.edit import edit
 from mlx_transfusion.cli.evaluate import evaluate
+from mlx_transfusion.cli.extend import extend
 from mlx_transfusion.cli.finetune import finetune
 from mlx_transfusion.cli.fuse import fuse
 from mlx_transfusion.cli.generate import generate
 from mlx_transfusion.cli.info import info
+from mlx_transfusion.cli.plan import plan
 from mlx_transfusion.cli.train import train
 from mlx_transfusion.errors import UserError
 
@@ -32,7 +34,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (generate, edit, describe, complete, convert, info, train, finetune, distill, evaluate, fuse):
+for verb in (
+    generate,
+    edit,
+    describe,
+    complete,
+    convert,
+    extend,
+    info,
+    train,
+    finetune,
+    distill,
+    evaluate,
+    fuse,
+    plan,
+):
     app.command()(verb)
 app.add_typer(autoencoder.app, name="autoencoder")
 app.add_typer(tokenizer.app, name="tokenizer")
