@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+from convert_package import module
 from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
@@ -30,12 +31,7 @@ from mlx_transfusion.painting import paint, prefill
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.text_to_image import generate_images
 
-try:
-    from mlx_transfusion.convert import families, sources, table
-    from mlx_transfusion.convert import monoformer as convert
-except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import families, sources, table
-    from convert import monoformer as convert
+convert, families, sources, table = (module(name) for name in ("monoformer", "families", "sources", "table"))
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CODER = FIXTURES / "kl-sd"

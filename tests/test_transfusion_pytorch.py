@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sentencepiece
+from convert_package import module
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.cli import main
@@ -30,12 +31,9 @@ from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.text_to_image import generate_images
 from mlx_transfusion.tokenizer import Tokenizer
 
-try:
-    from mlx_transfusion.convert import families, sources, table, tokenizer_marks
-    from mlx_transfusion.convert import transfusion_pytorch as convert
-except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import table
-    from convert import transfusion_pytorch as convert
+convert, families, sources, table, tokenizer_marks = (
+    module(name) for name in ("transfusion_pytorch", "families", "sources", "table", "tokenizer_marks")
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-4

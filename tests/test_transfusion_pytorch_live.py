@@ -16,14 +16,11 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the package is torch's")
 package = pytest.importorskip("transfusion_pytorch", reason="pip install transfusion-pytorch")
 
+from convert_package import module  # noqa: E402
+
 from mlx_transfusion.models.lucidrains import Lucidrains  # noqa: E402
 
-try:
-    from mlx_transfusion.convert import table
-    from mlx_transfusion.convert import transfusion_pytorch as convert
-except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
-    from convert import table
-    from convert import transfusion_pytorch as convert
+convert, table = (module(name) for name in ("transfusion_pytorch", "table"))
 
 TOLERANCE = 1e-4
 
