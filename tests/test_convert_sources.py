@@ -140,6 +140,17 @@ def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         hub.locate("org/Name-1B/code")
 
 
+def test_an_output_that_exists_is_told_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    import huggingface_hub
+
+    monkeypatch.delattr(huggingface_hub, "HfApi")
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "org/Name-1B", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_offline_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     import huggingface_hub

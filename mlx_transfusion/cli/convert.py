@@ -74,6 +74,8 @@ def convert(
     import mlx.core as mx
 
     convert_package = _package()
+    if output is not None and not dry_run:
+        convert_package.run.check_output(output, 0)  # before anything is downloaded
     coder = None if autoencoder is None else convert_package.hub.locate(autoencoder)
     done = convert_package.run.plan_of(
         convert_package.sources.Source(
