@@ -24,6 +24,7 @@ from mlx_transfusion.model_io import flat_parameters, load
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.bagel import Bagel
 from mlx_transfusion.models.bagel_config import BagelConfig
+from mlx_transfusion.models.bagel_guidance import BagelGuidance, edit_contexts, flow_times, paint_flow
 from mlx_transfusion.models.bagel_layers import BagelTextConfig
 from mlx_transfusion.models.vision_layers import VisionConfig
 from mlx_transfusion.painting import prefill
@@ -279,6 +280,24 @@ def test_a_painted_picture_is_read_in_two_blocks(converted: Path) -> None:
     ids, length = np.array([[BOS]]), np.array([1])
     difference = model.extend_text(ids, length, cache) - model.extend_text(ids, length, other)
     assert float(mx.abs(difference).max()) > 0.1
+
+
+def test_it_edits(converted: Path) -> None:
+    """A picture and words become another picture, which depends on both."""
+    model = load(converted).pictures
+    assert isinstance(model, Bagel)
+    noise = mx.random.normal((1, *model.latent_shape), key=mx.random.key(2))
+    times, guidance = flow_times(4), BagelGuidance(2.0, 1.5, (0.0, 1.0))
+    sources = [mx.random.uniform(shape=(1, 24, 32, 3), key=mx.random.key(seed)) for seed in (0, 1)]
+    painted = []
+    for pixels, ids in ((sources[0], [5, 6]), (sources[0], [7]), (sources[1], [5, 6])):
+        contexts = edit_contexts(model, pixels, ids)
+        assert [int(c.positions[0]) for c in contexts] == [2 + 2 + len(ids), 2, 2 + len(ids)]
+        x0 = paint_flow(model, noise, times, *contexts, guidance=guidance)
+        assert model.decode(x0).shape == (1, 24, 32, 3)
+        painted.append(x0)
+    for other in painted[1:]:
+        assert float(mx.abs(painted[0] - other).max()) > 0.05
 
 
 def test_encode_and_decode_are_each_others_shapes(converted: Path) -> None:

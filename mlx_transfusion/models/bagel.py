@@ -173,10 +173,12 @@ class Bagel(PictureFamily):
         First its latents, then what the vision transformer sees of it.
         """
         self.read_latents(x0, cache)
-        shown = np.array(mx.round(self.decode(x0).astype(mx.float32) * 255).astype(mx.uint8))
-        height, width = self.input_size
-        seen = [np.array(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC)) for p in shown]
-        self.read_picture(mx.array(np.stack(seen).astype(np.float32) / 255), cache)
+        self.read_picture(self._fitted(self.decode(x0)), cache)
+
+    def read_source(self, pixels: mx.array, cache: KVCache) -> None:
+        """Read a picture [B, H, W, 3] in [0, 1] that shall be edited, of `picture_size`: latents, then features."""
+        self.read_latents(self.encode(pixels), cache)
+        self.read_picture(self._fitted(pixels), cache)
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, 3] in [0, 1] -> normalised latents in patches [B, N, P]: the means of their distributions.
@@ -213,6 +215,13 @@ class Bagel(PictureFamily):
         if store:
             cache.append(added, new, advance=np.ones(b, int))
         return hidden
+
+    def _fitted(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [0, 1] in `input_size`."""
+        height, width = self.input_size
+        levels = np.array(mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8))
+        fitted = [Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC) for p in levels]
+        return mx.array(np.stack([np.asarray(p) for p in fitted]).astype(np.float32) / 255)
 
     @property
     def _dtype(self) -> mx.Dtype:

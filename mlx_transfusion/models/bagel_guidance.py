@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.bagel import Bagel
@@ -60,6 +62,27 @@ class BagelGuidance:
         """`guided`, no longer than `v` along `axes`, but not shortened to less than the minimum."""
         norm, own = (mx.sqrt((x * x).sum(axes, keepdims=True)) for x in (guided, v))
         return guided * mx.clip(own / (norm + 1e-8), self.minimum, 1.0)
+
+
+class EditContexts(NamedTuple):
+    """What an edit compares; `paint_flow` takes the three in this order."""
+
+    full: KVCache
+    without_text: KVCache
+    without_image: KVCache
+
+
+def edit_contexts(model: Bagel, pixels: mx.array, ids: Sequence[int]) -> EditContexts:
+    """Read a picture [1, H, W, 3] in [0, 1], of the model's `picture_size`, and the tokens of what shall change.
+
+    The official program draws the picture's latents from their distributions; these are the means.
+    """
+    block = model.image_prefix(ids)
+    full = model.new_cache(1)
+    model.read_source(pixels, full)
+    without_text = full.snapshot()
+    model.extend_text(np.array([block]), np.array([len(block)]), full)
+    return EditContexts(full, without_text, model.prefill(np.array([block]), np.array([len(block)]))[1])
 
 
 def flow_times(points: int, shift: float = 3.0) -> list[float]:
