@@ -142,9 +142,10 @@ def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_output_that_exists_is_told_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    import huggingface_hub
+    def fail(*_: Any) -> Path:
+        raise AssertionError("it is downloaded")
 
-    monkeypatch.delattr(huggingface_hub, "HfApi")
+    monkeypatch.setattr(hub, "_download", fail)
     with pytest.raises(SystemExit) as stop:
         main(["convert", "org/Name-1B", "--output", str(tmp_path)])
     assert stop.value.code == 2
