@@ -40,6 +40,8 @@ from mlx_transfusion.training.optimizer import ema_decay
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.schedule import learning_rate_factor
 
+START_LOGVAR = -6.0
+
 
 class Trainer:
     """Owns the state of one run; `run` trains it to the end."""
@@ -56,6 +58,7 @@ class Trainer:
             )
         mx.random.seed(config.seed)
         self.model = AutoencoderKL(config.model)
+        quieten(self.model)
         d = config.discriminator
         self.discriminator = Discriminator(config.model.in_channels, d.channels, d.layers)
         if config.init is not None and not ckpt.checkpoints(self.output / "checkpoints"):
@@ -186,7 +189,9 @@ class Trainer:
     def _save(self) -> Path:
         def save(folder: Path, model: Any, tokenizer: Any, extra: Any) -> object:
             latents, pixels = self._first_latents()
-            config = with_scale(dataclasses.replace(self.config.model, sample_size=self.config.data.size), latents)
+            config = with_scale(
+                dataclasses.replace(self.config.model, sample_size=self.config.data.size), latents
+            )
             latents = (latents - config.shift_factor) * config.scaling_factor
             return save_autoencoder(folder, model, config, fit_preview(latents, pixels))
 
@@ -206,6 +211,13 @@ class Trainer:
         pixels = [to_signed(part) for part in self.train.first(self.config.scale_pictures, 16)]
         latents = [np.array(self.model.encode(mx.array(part)).mean) for part in pixels]
         return np.concatenate(latents), np.concatenate(pixels)
+
+
+def quieten(model: AutoencoderKL) -> None:
+    """Let fresh weights give a small variance: theirs is about 1, and the decoder would first see noise alone."""
+    last = model.quant_conv if model.config.use_quant_conv else model.encoder.conv_out
+    channels = model.config.latent_channels
+    last.bias = mx.where(mx.arange(2 * channels) < channels, last.bias, START_LOGVAR)
 
 
 def with_scale(config: AutoencoderConfig, latents: np.ndarray) -> AutoencoderConfig:

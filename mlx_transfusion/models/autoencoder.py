@@ -109,7 +109,9 @@ class AutoencoderKL(nn.Module):
         """Raises UserError unless `encode` takes pictures of that shape."""
         c = self.config
         if len(shape) != 4 or shape[-1] != c.in_channels:
-            raise UserError(f"pictures of shape {list(shape)}: this autoencoder takes [B, H, W, {c.in_channels}]")
+            raise UserError(
+                f"pictures of shape {list(shape)}: this autoencoder takes [B, H, W, {c.in_channels}]"
+            )
         _, height, width, _ = shape
         if height % c.factor or width % c.factor or not height * width:
             raise UserError(
