@@ -10,6 +10,7 @@ from typing import NoReturn
 import typer
 
 from mlx_transfusion.cli import autoencoder, lora, tokenizer
+from mlx_transfusion.cli.bench import bench
 from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.convert import convert
 from mlx_transfusion.cli.describe import describe
@@ -46,6 +47,7 @@ for verb in (
     finetune,
     distill,
     evaluate,
+    bench,
     fuse,
     plan,
 ):
