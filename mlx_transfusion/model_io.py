@@ -43,7 +43,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
 EXTRA_KEYS = ("training", "objective", "generation", "quantization", "quantization_config")
 """Tables that config.json may hold besides the model's own fields: how it was trained, which loss it was
-distilled with, how it paints unless told otherwise, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
+distilled with, how it paints unless told otherwise, and {"group_size", "bits"} of quantised weights (the last is a
+copy for the hub)."""
 
 FAMILIES = {
     "bagel": "bagel",

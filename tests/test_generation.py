@@ -478,3 +478,15 @@ def test_a_stream_continues_the_text_before_it(tiny_tokenizer: Tokenizer) -> Non
     stream = TextStream(tiny_tokenizer, tiny_tokenizer.encode("red"))
     pieces = [stream.push(token)[0] for token in tiny_tokenizer.encode("heart")]
     assert "".join(pieces) == " heart"
+
+
+def test_a_family_may_guide_in_its_own_way(tiny_model: Transfusion) -> None:
+    class Unmoved(Double):
+        def guided(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+            return conditional
+
+    prefixes, seeds = [[1, 10, 4]], [1]
+    got = paint(Unmoved(tiny_model), prefixes, seeds, FEW)  # type: ignore[arg-type]
+    expected = paint(tiny_model, prefixes, seeds, dataclasses.replace(FEW, guidance=1.0))
+    np.testing.assert_allclose(np.array(got), np.array(expected), atol=1e-5)
+    assert not np.allclose(np.array(paint(tiny_model, prefixes, seeds, FEW)), np.array(expected), atol=1e-3)

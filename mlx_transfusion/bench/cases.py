@@ -43,7 +43,7 @@ def text_cases(loaded: Loaded) -> dict[str, Case]:
 
 
 def picture_cases(loaded: Loaded) -> dict[str, Case]:
-    """One picture in each way that suits the model, from prompt to pixels, and several at once; {} if it paints none."""
+    """A picture in each way that suits the model, and several at once; {} if it paints none."""
     if not isinstance(loaded.model, PictureFamily):
         return {}
     ways = {name: settings.for_model(loaded.extra, loaded.name) for name, settings in _ways(loaded).items()}

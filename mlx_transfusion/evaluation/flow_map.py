@@ -1,9 +1,9 @@
 """How far a consistency function is from what it should be: the end of its teacher's trajectory, angle by angle.
 
-The value of sCM's loss says nothing (consistency.py), and one-step pictures show the last angle only. This shows
-where along the way a student is right: f(x, a) = cos(a) x - sin(a) F(x, a) against the solution at 0 of dx/da = v that
-starts from (x, a), for noised data pictures. The teacher's own weights in the student's place give its error before
-any distillation: a diffusion model's f is the mean of all pictures that x may come from.
+The value of sCM's loss says nothing (consistency.py), and one-step pictures show the last angle only. This
+shows where along the way a student is right: f(x, a) = cos(a) x - sin(a) F(x, a) against the solution at 0 of
+dx/da = v that starts from (x, a), for noised data pictures. The teacher's own weights in the student's place
+give its error before any distillation: a diffusion model's f is the mean of all pictures that x may come from.
 """
 
 from __future__ import annotations

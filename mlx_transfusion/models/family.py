@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_transfusion import sampling
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.cache import KVCache
@@ -141,6 +142,10 @@ class PictureFamily(TextFamily):
         The cache stays as it is. guidance: the scales [B] of a model with `guidance_condition`.
         """
         raise NotImplementedError
+
+    def guided(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+        """Classifier-free guidance at a scale of velocities [B, N, P] with and without the prompt."""
+        return sampling.guided(conditional, unconditional, scale)
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read the finished picture [B, N, P] that was painted after BOI, so that what follows sees it.
