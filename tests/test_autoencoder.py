@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_transfusion import noise
+from mlx_transfusion.autoencoder.folder import load_autoencoder
+from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL, Moments
 from mlx_transfusion.models.layers import silu
@@ -152,6 +155,34 @@ def test_the_original_code_spells_the_same_graph() -> None:
     assert mx.abs(ours.decode(ours.denormalize(latent)) - io["ae.decoded"]).max().item() < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("channels", "quant", "parameters"),
+    [(4, True, 83_653_863), (16, False, 83_819_683), (8, True, 83_709_419)],
+)
+def test_the_public_layouts_have_their_size(channels: int, quant: bool, parameters: int) -> None:
+    """Counted by diffusers: Stable Diffusion and SDXL, FLUX, and the paper's 8 channels."""
+    config = AutoencoderConfig(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels,
+        use_quant_conv=quant, use_post_quant_conv=quant,
+    )  # fmt: skip
+    assert sum(math.prod(e.shape) for e in converter.entries(config)) == parameters
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_is_converted_by_the_verb(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(FIXTURES / name), "--output", str(tmp_path / "ours")])
+    assert stop.value.code in (0, None)
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "ours"))
+    loaded = load_autoencoder(tmp_path / "ours")
+    assert loaded.config == model(name).config
+    assert mx.array_equal(
+        loaded.model.decode(golden(name)["decode.latent"]), model(name).decode(golden(name)["decode.latent"])
+    )
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_names_of_old_diffusers(flat: bool) -> None:
     new = converter.entries(model("kl-sd").config)
@@ -170,7 +201,7 @@ def test_names_of_old_diffusers(flat: bool) -> None:
     assert converter.spelling_of(shapes, shapes) == ("old", flat)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     widths=st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=4),
     layers=st.integers(1, 2),
