@@ -12,6 +12,9 @@ import numpy as np
 
 from mlx_transfusion.errors import UserError
 
+HEAD = 1024
+"""Tokens that are sorted first for top_p; all of them only where these do not reach p."""
+
 
 def sample_token(
     logits: Any,
@@ -94,16 +97,29 @@ def _filtered(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np
     """The weights, those that the three filters remove set to 0. The largest is 1 and always stays."""
     keep = weights >= min_p
     if 0 < top_k < weights.size or top_p < 1:
-        # Stable, so that of equal tokens the lower id goes first on every machine.
-        order = np.argsort(-weights, kind="stable")
+        order = _likeliest_first(weights, top_k, top_p)
         kept = order[:top_k] if top_k else order
         reached = np.cumsum(weights[kept])
         ahead = np.concatenate([[0.0], reached[:-1]])
-        kept = kept[ahead < top_p * reached[-1]]
+        total = reached[-1] if top_k else weights.sum()
+        kept = kept[ahead < top_p * total]
         in_nucleus = np.zeros(weights.size, bool)
         in_nucleus[kept] = True
         keep &= in_nucleus
     return np.where(keep, weights, 0.0)
+
+
+def _likeliest_first(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Ids from the likeliest on, as many as the filters can keep; of equals the lower id comes first everywhere.
+
+    Sorting a whole vocabulary takes longer than a small model's step, and a nucleus is a few hundred of it.
+    """
+    count = min(top_k or HEAD, weights.size)
+    least = np.partition(weights, weights.size - count)[weights.size - count]
+    head = np.flatnonzero(weights >= least)  # equals of the last one stand in it too, so the order is unique
+    if not top_k and weights[head].sum() < top_p * weights.sum():
+        head = np.arange(weights.size)
+    return head[np.argsort(-weights[head], kind="stable")]
 
 
 def _draw(weights: np.ndarray, u: float) -> int:

@@ -96,6 +96,30 @@ def test_filters_keep_what_brute_force_keeps(
     assert drawn == kept
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 1, 40, 3000]),
+    st.floats(0.01, 1),
+    st.sampled_from([0.5, 3, 10]),
+)
+@settings(deadline=None, max_examples=30)
+def test_large_vocabularies_are_filtered_as_small_ones(
+    seed: int, top_k: int, top_p: float, spread: float
+) -> None:
+    """Most of them is never sorted; rounded logits make many equals."""
+    logits = np.round(np.random.default_rng(seed).normal(0, spread, 5000), 1)
+    weights = np.exp(logits - logits.max())
+    order = np.argsort(-weights, kind="stable")[: top_k or None]
+    reached = np.cumsum(weights[order])
+    ahead = np.concatenate([[0.0], reached[:-1]])
+    kept = order[ahead < top_p * (reached[-1] if top_k else weights.sum())]
+    for u in (0.0, 0.37, 0.9, 1 - 1e-9):
+        chosen = sample_token(logits, top_k=top_k, top_p=top_p, u=u)
+        inside = np.sort(kept)
+        reached = np.cumsum(weights[inside])
+        assert chosen == inside[np.searchsorted(reached, u * reached[-1], side="right")]
+
+
 def test_top_k_of_equals_takes_the_lower_ids() -> None:
     assert set(np.flatnonzero(frequencies([1.0, 1.0, 1.0, 1.0], top_k=2))) == {0, 1}
 
