@@ -221,7 +221,7 @@ def _read_tensor(cursor: _Cursor, file: Path) -> tuple[str, _Stored]:
 
 
 def _name(number: int) -> str:
-    others = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 39: "MXFP4"}
+    others = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 39: "MXFP4"}
     return others.get(number, f"number {number}")
 
 

@@ -2,7 +2,7 @@
 
 A block of Q4_0, Q4_1 and Q8_0 is 32 numbers with one scale d (and one least value m), which is what a group of mlx's
 affine quantisation is: x = scale * q + bias with unsigned q. Only the order of the bits differs, so nothing is lost.
-Q4_K and Q6_K have scales of scales, which mlx lacks: they become plain float16.
+Q4_K, Q5_K and Q6_K have scales of scales, which mlx lacks: they become plain float16.
 Shapes: N blocks.
 """
 
@@ -70,15 +70,27 @@ def _q8_0(blocks: np.ndarray, part: str) -> np.ndarray:
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
     """256 numbers: d, least d, 8 pairs of 6-bit scale and least value, and 4 bits a number."""
-    n = len(blocks)
+    return _scaled_twice(blocks, _nibbles(blocks[:, 16:]))
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    """As Q4_K, with the fifth bits in between: bit i of byte j is that of number j of part i."""
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return _scaled_twice(blocks, _nibbles(blocks[:, 48:]) | fifth << 4)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """[N, 128] -> [N, 8, 32]: of every 32 bytes the low halves, then the high ones."""
+    packed = packed.reshape(-1, 4, 1, 32)
+    return np.concatenate([packed & 15, packed >> 4], 2).reshape(-1, 8, 32)
+
+
+def _scaled_twice(blocks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     d, least = (_half(blocks, at).astype(np.float32)[:, None] for at in (0, 2))
-    packed = blocks[:, 4:16]
-    low, mid, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    low, mid, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([low & 63, high & 15 | (low >> 6) << 4], 1)
     lows = np.concatenate([mid & 63, high >> 4 | (mid >> 6) << 4], 1)
-    nibbles = blocks[:, 16:].reshape(n, 4, 1, 32)
-    numbers = np.concatenate([nibbles & 15, nibbles >> 4], 2).reshape(n, 8, 32)
-    return _halves((d * scales)[..., None] * numbers - (least * lows)[..., None], n)
+    return _halves((d * scales)[..., None] * numbers - (least * lows)[..., None], len(blocks))
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -106,6 +118,7 @@ TYPES = {
     3: BlockType("Q4_1", 32, 20, bits=4, part=_q4_1),
     8: BlockType("Q8_0", 32, 34, bits=8, part=_q8_0),
     12: BlockType("Q4_K", 256, 144, whole=_q4_k),
+    13: BlockType("Q5_K", 256, 176, whole=_q5_k),
     14: BlockType("Q6_K", 256, 210, whole=_q6_k),
     30: BlockType("BF16", 1, 2, "BF16"),
 }

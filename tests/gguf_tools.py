@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K = 0, 1, 2, 3, 8, 12, 14
+F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K = 0, 1, 2, 3, 8, 12, 13, 14
 Tensor = tuple[int, tuple[int, ...], bytes]
 """GGUF type, shape in numpy's order, bytes."""
 

@@ -142,23 +142,25 @@ def test_any_blocks_as_mlx_reads_them(tmp_path: Path, seed: int, kind: int) -> N
         np.testing.assert_array_equal(np.array(mine), np.array(expected), err_msg=name)
 
 
-def test_q4_k_by_its_definition() -> None:
-    """Number by number: mlx's own reader takes the scale of the first 32 numbers for the next 32 too."""
-    random = np.random.default_rng(0)
-    data = random.integers(0, 256, (2, 144), np.uint8)
+@pytest.mark.parametrize(("kind", "begin"), [(gguf.Q4_K, 16), (gguf.Q5_K, 48)])
+def test_k_blocks_by_their_definition(kind: int, begin: int) -> None:
+    """Number by number: mlx's own reader takes the scale of 32 numbers of Q4_K for the next 32 too."""
+    random, form = np.random.default_rng(0), blocks.TYPES[kind]
+    data = random.integers(0, 256, (2, form.nbytes), np.uint8)
     data[:, :4] = random.normal(0, 0.1, (2, 2)).astype(np.float16).view(np.uint8)
-    made = blocks.TYPES[gguf.Q4_K].whole(data)
-    for block, row in zip(data, made, strict=True):
+    for block, row in zip(data, form.whole(data), strict=True):
         d, least = (float(x) for x in block[:4].view(np.float16))
         packed = [int(x) for x in block[4:16]]
         for i in range(256):
-            part, byte = i // 32, int(block[16 + i // 64 * 32 + i % 32])
+            part, byte = i // 32, int(block[begin + i // 64 * 32 + i % 32])
             if part < 4:
                 scale, low = packed[part] & 63, packed[part + 4] & 63
             else:
                 scale = packed[part + 4] & 15 | packed[part - 4] >> 6 << 4
                 low = packed[part + 4] >> 4 | packed[part] >> 6 << 4
             q = byte >> 4 if part % 2 else byte & 15
+            if kind == gguf.Q5_K:
+                q += (int(block[16 + i % 32]) >> part & 1) * 16
             assert row[i] == pytest.approx(d * scale * q - least * low, rel=2e-3, abs=2e-3)
 
 
