@@ -1,14 +1,15 @@
 """Memory of one process of a sharded run, from the config: what `plan` prints.
 
 Weights, gradients, both moments of AdamW and the average are float32 shards: 20 bytes a parameter over all processes.
-On top come the gathered weights of the blocks in hand, what the backward pass keeps, and the largest of the moments
-that need most for a short while: the loss over the vocabulary, a block's backward pass, the end of the backward pass
-when the embedding's gradient is sent.
+On top come the gathered weights of the blocks in hand and what the backward pass keeps. Four moments can need most:
+the loss over the vocabulary, the first block of the backward pass, its end, when the embedding's gradient is sent,
+and the optimiser's step.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_transfusion.config import ModelConfig
 
@@ -31,23 +32,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process."""
+    """Bytes of one process at the moment that needs most, and which moment that is."""
 
+    moment: str
+    """"loss", "backward", "end of backward" or "optimizer"."""
     state: float
-    """Shards of weights, gradients, optimiser and average."""
+    """Shards of weights, optimiser and average."""
+    gradients: float
+    """Shards of gradients that are there, and those of whole blocks that are on their way to them."""
     gathered: float
-    """Whole weights of two blocks and of everything outside the blocks."""
+    """Whole weights."""
     kept: float
     """What the backward pass needs of the forward pass."""
-    moment: float
-    """The most that a single moment takes beside these."""
+    working: float
+    """Numbers in hand."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.state + self.gathered + self.kept + self.moment
+        return self.state + self.gradients + self.gathered + self.kept + self.working
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """The parts and the total, in bytes."""
         return asdict(self) | {"total": self.total}
 
@@ -113,35 +118,44 @@ def memory(
     """Bytes of one of `processes` that share a model.
 
     item: bytes of a number in the arithmetic (2: bfloat16). recompute: every block's activations are computed again
-    in the backward pass. fused: the optimiser needs no copies.
+    in the backward pass. fused: optimiser and norms are single kernels, as on CUDA; on a CPU each leaves a copy.
     """
     c, n = config, sizes(config)
-    d, he, ke = c.hidden_size, c.num_attention_heads * c.head_dim, c.kv_heads * c.head_dim
-    # Kept by a block, a position: input and output of both norms, q k v, attention's output twice, four of the gate.
-    block = item * (4 * d + 2 * he + (he + 2 * ke) + 4 * c.intermediate_size)
-    inside = part.positions * block
+    state = CHECKPOINT_BYTES * n.total / processes
+    gradients, outside = 4 * n.total / processes, 2 * n.embedding
+    block = part.positions * item * block_numbers(c, fused) + _mask_bytes(part, item, 1)
     layers = c.num_hidden_layers
-    kept: float = part.positions * d * item * (layers if recompute else 0) + (0 if recompute else layers * inside)
-    kept += part.pictures * _picture_bytes(c, item)
-    kept += part.positions * part.row_length * (1 if part.row_length else 0)
-    kept += part.positions * 3 * d * item  # the embedded sequence, the last norm's input and output
-    loss = part.text_targets * (12 * c.vocab_size + 2 * item * d)
-    # Gradients of the gate's two products and of its inputs, beside the block itself when it was recomputed.
-    backward = part.positions * item * (3 * c.intermediate_size + 2 * d) + (inside if recompute else 0)
-    block_gradient = n.block * (item + 4)
-    outside = 2 * n.embedding
-    moment = max(
-        loss + n.embedding * item,
-        backward + block_gradient + n.embedding * item,
-        outside * (item + 4) - kept,
-        (0 if fused else 8 * n.total / processes) - kept,
+    kept = layers * (part.positions * c.hidden_size * item if recompute else block)
+    kept += part.pictures * _picture_bytes(c, item) + part.positions * (
+        3 * c.hidden_size * item + part.row_length
     )
-    return Memory(
-        state=STATE_BYTES * n.total / processes,
-        gathered=item * (2 * n.block + outside),
-        kept=kept,
-        moment=moment,
-    )
+    gathered = item * (2 * n.block + outside)
+    loss = part.text_targets * (12 * c.vocab_size + 2 * item * c.hidden_size)
+    backward = part.positions * item * (3 * c.intermediate_size + 2 * c.hidden_size)
+    sent = n.block * (item + 4) + n.embedding * item
+    moments = [
+        Memory("loss", state, n.embedding * item, gathered, kept, loss),
+        Memory("backward", state, sent, gathered, kept, backward + (block if recompute else 0)),
+        Memory("end of backward", state, gradients + outside * (item + 4), item * outside, 0, 0),
+        Memory("optimizer", state, gradients, 0, 0, 0 if fused else gradients),
+    ]
+    return max(moments, key=lambda m: m.total)
+
+
+def block_numbers(config: ModelConfig, fused: bool = True) -> int:
+    """Numbers a position that one block keeps for its backward pass.
+
+    Input and output of both norms, q, k, v, attention's output in two layouts, and four of the gated layer.
+    """
+    c = config
+    queries, keys = c.num_attention_heads * c.head_dim, c.kv_heads * c.head_dim
+    norms = (4 if fused else 6) * c.hidden_size + (0 if fused or not c.qk_norm else 2 * (queries + keys))
+    return norms + 3 * queries + 2 * keys + 4 * c.intermediate_size
+
+
+def _mask_bytes(part: Part, item: int, layers: int) -> int:
+    """A dense mask as numbers, which the CPU's attention makes for itself and keeps."""
+    return part.positions * part.row_length * item * layers
 
 
 def _picture_bytes(config: ModelConfig, item: int) -> float:
