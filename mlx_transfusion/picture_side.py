@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_safetensors, write_json, write_safetensors
 from mlx_transfusion.model_io import INDEX_FILE, flat_parameters, load, read_config, weight_files
 from mlx_transfusion.model_path import CONFIG_FILE
-from mlx_transfusion.models.llama import Llama
+from mlx_transfusion.models.llama import Llama, LlamaConfig
 from mlx_transfusion.models.llama_painter import LlamaPainter, with_picture_side
 from mlx_transfusion.models.llama_painter_config import LlamaPainterConfig
 from mlx_transfusion.quantization import dequantize, parameter_count
@@ -66,23 +66,20 @@ def extend(name: str | os.PathLike[str], output: Path, options: PictureOptions) 
     dequantize(base.model, mx.float32)
     before, after = prompt_around(base.path, base.tokenizer, base.config.layout.bos)
     boi, eoi = spare_tokens(base.tokenizer, [*before, *after, *base.config.layout.eos], base.name)
-    config = LlamaPainterConfig.from_dict(
-        asdict(base.config)  # type: ignore[call-overload]  # a Llama's config is a dataclass
-        | {
-            "model_type": "llama_painter",
-            "image_height": options.image_size,
-            "image_width": options.image_size,
-            "patch_size": options.patch_size,
-            "painter_rank": options.rank,
-            "painter_every": options.every,
-            "image_mean": options.image_mean,
-            "image_std": options.image_std,
-            "boi_token_id": boi,
-            "eoi_token_id": eoi,
-            "prompt_before": before,
-            "prompt_after": after,
-        },
-        f"extend {base.name}",
+    theirs = {f.name: getattr(base.config, f.name) for f in fields(LlamaConfig) if f.name != "model_type"}
+    config = LlamaPainterConfig(
+        **theirs,
+        image_height=options.image_size,
+        image_width=options.image_size,
+        patch_size=options.patch_size,
+        painter_rank=options.rank,
+        painter_every=options.every,
+        image_mean=options.image_mean,
+        image_std=options.image_std,
+        boi_token_id=boi,
+        eoi_token_id=eoi,
+        prompt_before=tuple(before),
+        prompt_after=tuple(after),
     )
     mx.random.seed(options.seed)
     return write_folder(output, base.path, with_picture_side(base.model, config))

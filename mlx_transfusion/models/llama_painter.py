@@ -12,7 +12,7 @@ Shapes: B pictures, N patches of P numbers, D width, S tokens of a prompt, V voc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -88,7 +88,7 @@ class PictureSide(nn.Module):
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.patch_decoder = PatchDecoder(config.pictures)
         self.wish = nn.Linear(config.hidden_size, 1)
-        self.wish.weight, self.wish.bias = mx.zeros((1, config.hidden_size)), mx.array([-4.0])
+        self.wish.weight, self.wish.bias = mx.zeros((1, config.hidden_size)), mx.array([-1.0])
 
 
 class LlamaPainter(Llama, PictureFamily):
@@ -115,33 +115,35 @@ class LlamaPainter(Llama, PictureFamily):
         common = len(self.config.prompt_before)
         if not 0 < common < ids.shape[1]:
             return self.model.run(self.model.embed_tokens(ids))
+        first, begun = self.read_common()
+        hidden, rest = self.read_rest(ids[:, common:], begun)
         rows = ids.shape[0]
+        joined = [join_columns(repeat_rows(b, rows), r) for b, r in zip(begun, rest, strict=True)]
+        return mx.concatenate([mx.repeat(first, rows, 0), hidden], 1), joined
 
-        def all_rows(x: mx.array) -> mx.array:
-            return mx.broadcast_to(x, (rows, *x.shape[1:]))
+    def read_common(self) -> tuple[mx.array, list[KeysValues]]:
+        """Read `prompt_before`: hidden states [1, S, D], and each layer's keys and values."""
+        return self.model.run(self.model.embed_tokens(mx.array([self.config.prompt_before])))
 
-        first, before = self.model.run(self.model.embed_tokens(ids[:1, :common]))
-        past = [(all_rows(k), all_rows(v)) for k, v in before]
-        hidden, rest = self.model.run(self.model.embed_tokens(ids[:, common:]), "causal", common, past)
-        joined = [
-            (mx.concatenate([k, k2], 2), mx.concatenate([v, v2], 2))
-            for (k, v), (k2, v2) in zip(past, rest, strict=True)
-        ]
-        return mx.concatenate([all_rows(first), hidden], 1), joined
+    def read_rest(self, ids: mx.array, begun: Sequence[KeysValues]) -> tuple[mx.array, list[KeysValues]]:
+        """Read what follows `prompt_before` [B, S] behind its keys and values [1, ...]; gives the new ones."""
+        past = [repeat_rows(kv, ids.shape[0]) for kv in begun]
+        return self.model.run(self.model.embed_tokens(ids), "causal", len(self.config.prompt_before), past)
 
     def paint(
         self,
         x: mx.array,
         angle: mx.array,
-        prefix: Sequence[KeysValues],
+        prefix: Sequence[KeysValues] | Mapping[int, KeysValues],
         lengths: mx.array,
         guidance: mx.array | None = None,
     ) -> mx.array:
         """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], behind a read prefix.
 
-        lengths int [B] counts the prefix's real tokens. guidance: not known to this family; ignored.
+        prefix: by layer; only those of `painter_layers` are looked at. lengths int [B] counts its real tokens.
+        guidance: not known to this family; ignored.
         """
-        n, columns = x.shape[1], prefix[0][0].shape[2]
+        n, columns = x.shape[1], prefix[self.config.painter_layers[0]][0].shape[2]
         seen = mx.arange(columns) < lengths[:, None]
         mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
         return self._paint(x, angle, mask, lengths, prefix)
@@ -154,10 +156,16 @@ class LlamaPainter(Llama, PictureFamily):
 
     def wishes(self, hidden: mx.array) -> mx.array:
         """Log-odds [...] that the answer behind hidden states [..., D] of a prompt's last tokens is a picture."""
-        return self.painter.wish(hidden)[..., 0]
+        # Final hidden states are long vectors: scaled, so that this layer's gradient does not drown all others.
+        return self.painter.wish(hidden * self.config.hidden_size**-0.5)[..., 0]
 
     def _paint(
-        self, x: mx.array, angle: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues]
+        self,
+        x: mx.array,
+        angle: mx.array,
+        mask: Mask,
+        offset: int | mx.array,
+        past: Sequence[KeysValues] | Mapping[int, KeysValues],
     ) -> mx.array:
         side = self.painter
         embedded = side.angle_embedding(angle)
@@ -232,6 +240,16 @@ class LlamaPainter(Llama, PictureFamily):
         texts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
         asked = [bool(after) and text[-len(after) :] == list(after) for text in texts]
         return np.array(asked), np.array([text[-1:] == [self.config.eoi_token_id] for text in texts])
+
+
+def repeat_rows(kv: KeysValues, rows: int) -> KeysValues:
+    """Keys and values of one row for `rows` of them."""
+    return mx.repeat(kv[0], rows, 0), mx.repeat(kv[1], rows, 0)
+
+
+def join_columns(first: KeysValues, then: KeysValues) -> KeysValues:
+    """Keys and values of tokens that follow one another."""
+    return mx.concatenate([first[0], then[0]], 2), mx.concatenate([first[1], then[1]], 2)
 
 
 def with_picture_side(model: Llama, config: LlamaPainterConfig) -> LlamaPainter:

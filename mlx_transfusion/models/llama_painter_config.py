@@ -72,7 +72,6 @@ class LlamaPainterConfig(LlamaConfig):
             image_mean=self.image_mean,
             image_std=self.image_std,
             pad_token_id=self.pad_token_id or 0,
-            **dict.fromkeys(("bos_token_id", "eos_token_id", "unk_token_id"), 0),
             boi_token_id=self.boi_token_id,
             eoi_token_id=self.eoi_token_id,
         )

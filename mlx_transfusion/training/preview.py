@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_transfusion.images import grid, save_png
-from mlx_transfusion.models.transfusion import Transfusion
+from mlx_transfusion.models.family import PictureFamily
 from mlx_transfusion.painting import paint
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings
 from mlx_transfusion.text_to_image import to_uint8
@@ -18,7 +18,7 @@ COLUMNS, SCALE = 6, 3
 
 
 def paint_grid(
-    model: Transfusion,
+    model: PictureFamily,
     tokenizer: Tokenizer,
     config: SampleConfig,
     file: Path,
@@ -29,8 +29,7 @@ def paint_grid(
     settings: for a consistency model those of `GenerationSettings.for_model`; the default paints with a
     diffusion model. Raises UserError for bad settings.
     """
-    c = model.config
-    prefixes = [[c.bos_token_id, *tokenizer.encode(p), c.boi_token_id] for p in config.prompts]
+    prefixes = [model.image_prefix(tokenizer.encode(model.prompt_text(p))) for p in config.prompts]
     seeds = list(range(config.seed, config.seed + len(prefixes)))
     pictures = to_uint8(model.decode(paint(model, prefixes, seeds, settings)))
     sheet = grid(list(pictures), COLUMNS)

@@ -36,6 +36,8 @@ from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import ema_decay, make_optimizer, set_learning_rate
+from mlx_transfusion.training.painter_data import PainterData
+from mlx_transfusion.training.painter_step import PainterStep, painting_start
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.schedule import learning_rate_factor
 from mlx_transfusion.training.signals import Watch
@@ -68,27 +70,36 @@ class Trainer:
                 f"{config.accumulate} parts each: every part needs a document"
             )
         self.output = Path(config.output)
-        self.tokenizer = Tokenizer.load(config.tokenizer)
+        self.painting = painting_start(config)
+        self.tokenizer = (
+            self.painting.tokenizer if self.painting is not None else Tokenizer.load(config.tokenizer)
+        )
         begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
         self.base = _base(config)
-        if self.base is not None:
+        self.model: Any
+        if self.painting is not None:
+            self.model = self.painting.model
+        elif self.base is not None:
             self.model = self.base.loaded.transfusion
         else:
             self.model = _new_model(config, self.tokenizer, None if begun else config.start)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        if self.painting is None:
+            self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
             "data": config.data,
             "diffusion": config.diffusion,
-            "model": self.model.config,
             "tokenizer": self.tokenizer,
             "seed": config.seed,
             "sequence_length": config.sequence_length,
         }
-        self.train_data = DataSet(config.data.train, **shared)  # type: ignore[arg-type]
-        self.valid_data = (
-            DataSet(config.data.valid, stream="valid", **shared)  # type: ignore[arg-type]
-            if config.data.valid
-            else None
+        rows: Any = DataSet
+        if self.painting is not None:
+            rows, shared["config"] = PainterData, self.model.config
+        else:
+            shared["model"] = self.model.config
+        self.train_data: DataSet = rows(config.data.train, **shared)
+        self.valid_data: DataSet | None = (
+            rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
         self.optimizer = make_optimizer(config.optimizer)
         self.teacher = _teacher(config, self.model.config)
@@ -104,6 +115,8 @@ class Trainer:
         return self.group.rank() == 0
 
     def _new_step(self) -> Step:
+        if self.painting is not None:
+            return PainterStep(self.model, self.optimizer, self.config)
         if self.base is not None:
             from mlx_transfusion.finetune.step import AdapterStep
 
