@@ -206,6 +206,22 @@ def test_the_perceptual_loss_leads_to_the_picture() -> None:
     gradient = mx.grad(lambda a: loss(a, y))(x)
     assert loss(x - 0.1 * gradient / mx.abs(gradient).max(), y).item() < far
     assert mx.abs(mx.grad(lambda b: loss(x, b))(y)).max().item() == 0  # the goal is no variable
+    assert loss.identity(y, y).item() == pytest.approx(0, abs=1e-5)
+    assert 0 < loss.identity(x, y).item() < 2
+
+
+def test_every_term_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        trainer_module, "Perceptual", lambda size, blocks: Perceptual(32, (0,), random_network(32))
+    )
+    config = load_training(
+        write_run(tmp_path),
+        ["data.size=32", "loss.perceptual=1", "loss.identity=0.2", "batch_size=2", "loss.gan_start=0"],
+    )
+    values = Trainer(config)._train_step(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    assert all(
+        values[name] != 0 for name in ("l1", "perceptual", "identity", "kl", "adversarial", "discriminator")
+    )
 
 
 def test_psnr_is_what_it_is() -> None:

@@ -39,7 +39,7 @@ class PictureData:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """L1 + perceptual + gan * adversarial + kl * divergence (arXiv 2408.11039, appendix; transposed to means).
+    """L1 + perceptual + identity + gan * adversarial + kl * divergence (as arXiv 2408.11039).
 
     All terms are means over pixels and channels, the divergence too (nats over the number of pixel values).
     """
@@ -48,6 +48,8 @@ class LossConfig:
     """0 leaves it out, and the weights of EfficientNet-Lite0 with it."""
     perceptual_blocks: tuple[int, ...] = (0, 2, 4, 10)
     """Blocks of EfficientNet-Lite0 (0 to 15) whose output is compared."""
+    identity: float = 0.0
+    """Weight of the distance of pooled features; 0.2 in the paper, on features of MoCo v2."""
     gan: float = 0.5
     gan_start: int = 50000
     """Step from which on the discriminator is trained and counts; one behind the last leaves it out."""
@@ -105,7 +107,7 @@ class AutoencoderTraining:
                 f"training config: data.size {self.data.size} must be a multiple of {self.model.factor}, which "
                 "the autoencoder's halvings ask for"
             )
-        if self.loss.perceptual and self.data.size % 32:
+        if (self.loss.perceptual or self.loss.identity) and self.data.size % 32:
             raise UserError(
                 f"training config: data.size {self.data.size} must be a multiple of 32 for the perceptual loss; "
                 "or switch it off with loss.perceptual = 0"
@@ -121,8 +123,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
         ("steps", "batch_size", "log_every", "save_every", "keep", "scale_pictures", "valid_pictures",
          "data.size", "data.threads", "discriminator.channels", "discriminator.layers"), (1, math.inf)),
     **dict.fromkeys(
-        ("valid_every", "loss.perceptual", "loss.gan", "loss.gan_start", "loss.kl", "optimizer.learning_rate",
-         "optimizer.warmup", "discriminator.learning_rate"), (0, math.inf)),
+        ("valid_every", "loss.perceptual", "loss.identity", "loss.gan", "loss.gan_start", "loss.kl",
+         "optimizer.learning_rate", "optimizer.warmup", "discriminator.learning_rate"), (0, math.inf)),
     **dict.fromkeys(("ema", "data.flip", "optimizer.final_fraction"), (0, 1)),
     "loss.perceptual_blocks": (0, 15),
     "seed": (0, 2**63 - 1),

@@ -43,6 +43,11 @@ class Perceptual:
         ]
         return mx.stack(terms).mean()
 
+    def identity(self, x: mx.array, y: mx.array) -> mx.array:
+        """1 - cosine of the 1280 pooled features: whether both show the same thing (ID loss). As `__call__` else."""
+        a, b = (self._network.features((p + 1) * 127.5) for p in (x, mx.stop_gradient(y)))
+        return (1 - (_unit(a.T) * _unit(b.T)).sum(0)).mean()
+
     def _features(self, x: mx.array) -> list[mx.array]:
         """[C, B, h, w] of each chosen block."""
         out = []

@@ -18,7 +18,7 @@ from mlx_transfusion.training.optimizer import ema_update, make_optimizer, set_l
 
 Tree = Any
 AUTOENCODER, DISCRIMINATOR = "autoencoder", "discriminator"
-TERMS = ("l1", "perceptual", "kl", "adversarial", "discriminator")
+TERMS = ("l1", "perceptual", "identity", "kl", "adversarial", "discriminator")
 """What a step reports, in this order; those that are not in use are 0."""
 
 
@@ -72,7 +72,7 @@ class Step:
     def __call__(
         self, weights: Tree, ema: Tree, pixels: mx.array, eps: mx.array, decay: float, adversarial: bool
     ) -> tuple[Tree, Tree, mx.array, mx.array]:
-        """Pixels [B, H, W, 3] in [-1, 1], noise [B, h, w, C] -> weights, ema, TERMS [5], norm of the gradient."""
+        """Pixels [B, H, W, 3] in [-1, 1], noise [B, h, w, C] -> weights, ema, TERMS [6], norm of the gradient."""
         if adversarial not in self._compiled:
             run = self._with_adversary if adversarial else self._without
             state = self._optimizers.state
@@ -118,13 +118,19 @@ class Step:
         l1 = mx.abs(decoded - pixels).mean()
         divergence = moments.kl().sum() / pixels.size
         zero = mx.array(0.0)
-        perceptual = zero if self._perceptual is None else self._perceptual(decoded, pixels)
+        perceptual = identity = zero
+        if self._perceptual is not None and c.perceptual:
+            perceptual = self._perceptual(decoded, pixels)
+        if self._perceptual is not None and c.identity:
+            identity = self._perceptual.identity(decoded, pixels)
         adversarial = zero
         if judge is not None:
             self._discriminator.update(judge)
             adversarial = -self._discriminator(decoded).mean()
-        total = l1 + c.perceptual * perceptual + c.kl * divergence + c.gan * adversarial
-        return total, (mx.stack([l1, perceptual, divergence, adversarial, zero]), decoded)
+        total = (
+            l1 + c.perceptual * perceptual + c.identity * identity + c.kl * divergence + c.gan * adversarial
+        )
+        return total, (mx.stack([l1, perceptual, identity, divergence, adversarial, zero]), decoded)
 
     def _update(
         self, weights: Tree, ema: Tree, gradients: Tree, decay: mx.array

@@ -64,7 +64,7 @@ class Trainer:
         if config.init is not None and not ckpt.checkpoints(self.output / "checkpoints"):
             self._start_from(config.init)
         perceptual = None
-        if config.loss.perceptual:
+        if config.loss.perceptual or config.loss.identity:
             perceptual = Perceptual(config.data.size, config.loss.perceptual_blocks)
         self._perceptual = perceptual
         self.optimizers = Optimizers(config)
