@@ -6,6 +6,10 @@ from collections import Counter
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+
+from mlx_transfusion.model_io import build
+from mlx_transfusion.models.family import FamilyConfig
 
 from .account import Account
 from .card import bits_a_weight
@@ -35,27 +39,25 @@ def facts(done: Account) -> dict[str, Any]:
 
 
 def cache_bytes(done: Account) -> int | None:
-    """Keys and values of two rows (with and without the prompt) of one picture and TEXT_TOKENS of text.
+    """The cache of one picture and TEXT_TOKENS of text; twice, for guidance, where pictures are painted.
 
-    None where the config does not tell the sizes of the decoder.
+    None of a part that is no model of its own.
     """
-    decoder = decoder_of(done.config)
-    if decoder is None or done.config is None:
+    if done.config is None:
         return None
-    heads = getattr(decoder, "kv_heads", None) or getattr(decoder, "num_key_value_heads", None)
-    heads = heads or decoder.num_attention_heads
-    width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     pictures = done.config.layout.picture_tokens
-    rows = 2 if pictures else 1
     number = next((t.dtype.size for t in done.stored if mx.issubdtype(t.dtype, mx.floating)), 2)
-    return rows * (pictures + TEXT_TOKENS) * 2 * decoder.num_hidden_layers * heads * width * number
+    rows = 2 if pictures else 1
+    return rows * (pictures + TEXT_TOKENS) * numbers_a_token(done.config) * number
 
 
-def decoder_of(config: Any) -> Any:
-    """The part of a config that describes the language model: itself, or the first of its tables that has layers."""
-    wanted = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    parts = [config, *vars(config).values()] if hasattr(config, "__dict__") else [config]
-    return next((part for part in parts if all(hasattr(part, name) for name in wanted)), None)
+def numbers_a_token(config: FamilyConfig) -> int:
+    """How many keys, values and the like one token leaves in the cache of a model of this config.
+
+    Taken from the shapes of a pass that is never computed, so no weight is allocated.
+    """
+    _, cache = build(config).prefill(np.array([[0]]), np.array([1]))
+    return sum(part.size for layer in cache.layers if layer is not None for part in layer)
 
 
 def lines(data: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import janusflow_tools
 import mlx.core as mx
+import numpy as np
 import pytest
 from convert_package import assert_same, bits, module, noise
 from mlx.utils import tree_flatten
@@ -21,6 +22,7 @@ from mlx_transfusion.tokenizer import Tokenizer
 
 run, sources, families = module("run"), module("sources"), module("families")
 table, quantize, synthetic = module("table"), module("quantize"), module("synthetic")
+predict = module("predict")
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -155,3 +157,22 @@ def table_of_whole(done: Any, source: Any) -> dict[str, mx.array]:
     """All weights as they would be without quantising."""
     foreign = {job.entry.source: job.checkpoint.read(job.name) for job in done.jobs if job.stored}
     return table.forward(done.plan.entries, foreign)
+
+
+def test_the_predicted_cache_is_the_one_that_is_filled(case: tuple[str, Any]) -> None:
+    name, source = case
+    done = run.plan_of(source, quantize.Options(), name)
+    if done.config is None:
+        assert predict.cache_bytes(done) is None  # an autoencoder reads no text
+        return
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    predicted = predict.numbers_a_token(done.config)
+    assert mx.get_peak_memory() - before < 1e5  # shapes alone: no weight is made
+    tokens = 3
+    _, cache = build(done.config).prefill(np.ones((1, tokens), np.int32), np.array([tokens]))
+    mx.eval(cache.layers)
+    assert (
+        predicted == sum(part.size for layer in cache.layers if layer is not None for part in layer) / tokens
+    )

@@ -128,7 +128,10 @@ def test_a_folder_of_ours_by_the_command(tmp_path: Path, folder: Path, tiny_conf
         assert error.item() < {"8": 0.02, "mxfp4": 0.3}[way]
         if not name.startswith(("layers.", "embed_tokens", "lm_head")):
             assert error.item() == 0  # patches and angles stay as they are
-    assert 'mlx-transfusion generate "a red heart" --model small' in (tmp_path / "small" / "README.md").read_text()
+    assert (
+        'mlx-transfusion generate "a red heart" --model small'
+        in (tmp_path / "small" / "README.md").read_text()
+    )
 
 
 def test_a_quantised_folder_keeps_its_bits_and_is_not_quantised_again(
