@@ -283,7 +283,7 @@ def test_bad_runs(run: Path, tmp_path: Path) -> None:
         start("data.caption_first=0.0")
     with pytest.raises(UserError, match="float32"):
         start("dtype=bfloat16")
-    with pytest.raises(UserError, match='of type "llama_painter"'):
+    with pytest.raises(UserError, match="leave the table out"):
         start("model.hidden_size=32")
     with pytest.raises(UserError, match="sequence_length 16"):
         start("sequence_length=16")

@@ -160,8 +160,14 @@ def _binary(log_odds: mx.array, wanted: int) -> mx.array:
 
 def painting_start(config: TrainConfig) -> Loaded | None:
     """The language model with a picture side that a run starts from; None where `init` is no such model."""
-    if config.init is None or any(t is not None for t in (config.model, config.adapter, config.consistency)):
+    if config.init is None or config.adapter is not None or config.consistency is not None:
         return None
+    if config.model is not None and not Path(config.init).is_dir():
+        return None  # a run of our own family goes on without the model that it began with
     if not isinstance(read_config(resolve(config.init))[0], LlamaPainterConfig):
         return None
+    if config.model is not None:
+        raise UserError(
+            "[model]: a language model's picture side is chosen with `extend`: leave the table out"
+        )
     return load(config.init, dtype=mx.float32)
