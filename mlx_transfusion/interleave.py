@@ -110,10 +110,9 @@ class _Document:
         self.seed, self.settings, self.on_step = seed, settings, on_step
         self.prompt = " ".join(s for s in segments if isinstance(s, str))
         noise.uniform(seed, 0)  # a bad seed shall not come up after an hour of painting
-        self.guide: KVCache | None = None
-        if settings.max_images and settings.guidance != 1 and not loaded.pictures.guidance_condition:
-            self.guide = loaded.pictures.guide([[]], negative_prefix(loaded, settings))
+        self.negative = negative_prefix(loaded, settings) if settings.max_images else None
         self.pictures = 0
+        self.read: list[int] = []  # all token ids so far, those around pictures too
         self.written: list[int] = []  # text tokens so far, the prompt's too
         self.run_ids: list[int] = []  # those since the last picture
         self._read(segments)
@@ -187,7 +186,14 @@ class _Document:
 
     def _extend(self, ids: list[int]) -> None:
         """Read text tokens; the logits of what follows them are kept."""
+        self.read += ids
         self.logits = self.model.extend_text(np.array([ids], np.int32), np.array([len(ids)]), self.cache)
+
+    def _guide(self, model: PictureFamily) -> KVCache | None:
+        """What guidance leads the picture in hand away from."""
+        if self.settings.guidance == 1 or model.guidance_condition:
+            return None
+        return model.guide([self.read], self.negative)
 
     def _mark(self, token: int | None) -> None:
         """Read a token around a picture, of a family that has one."""
@@ -226,7 +232,7 @@ class _Document:
             self.cache,
             [self.seed],
             self.settings,
-            guide=self.guide,
+            guide=self._guide(model),
             picture=index,
             callback=step_reporter(self.loaded, [index], self.on_step),
         )
