@@ -74,6 +74,8 @@ def edit(
         model = model if model is not None else str(record["model"])
         if image_guidance is None:
             image_guidance = float(record["edit"]["image_guidance"])
+    if model is None:  # the bundled ones were not
+        raise UserError("give --model MODEL, one that was trained on edits")
     assert instruction is not None
     settings = options.image_settings(settings, **flags).check()  # type: ignore[arg-type]
     seeds = choose_seeds(seeds, num_images)
