@@ -2,7 +2,7 @@
 
     python examples/talk_and_paint/prepare_chat.py
 
-{train,val}.jsonl    {"image", "text"}: every picture with three sentences that ask for it, such as
+{train,val}.jsonl    {"image", "text"}: every picture with two sentences that ask for it, one of them
                      "Please draw a red heart."
 {train,val}-words.jsonl    {"text"}: what words should answer, half of it about the same things
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EMOJI = HERE.parent / "emoji" / "data" / "emoji"
 FIRST = "Please draw {}."
-"""Every picture has this one, and two of the others in turn."""
+"""Every picture has this one, and one of the others in turn."""
 ASKS = (
     "Draw {}.",
     "Can you draw {} for me?",
@@ -53,13 +53,10 @@ def named(caption: str) -> str:
     return f"{'an' if caption[0].lower() in 'aeiou' else 'a'} {caption}"
 
 
-def requests(captions: list[str]) -> list[list[str]]:
-    """Three sentences for each caption."""
-    out = []
-    for i, caption in enumerate(captions):
-        forms = FIRST, ASKS[i % len(ASKS)], ASKS[(i + 1 + i // len(ASKS) % (len(ASKS) - 1)) % len(ASKS)]
-        out.append([form.format(named(caption)) for form in forms])
-    return out
+def requests(captions: list[str]) -> list[tuple[str, str]]:
+    """Two sentences for each caption."""
+    forms = [(FIRST, ASKS[i % len(ASKS)]) for i in range(len(captions))]
+    return [(a.format(named(c)), b.format(named(c))) for (a, b), c in zip(forms, captions, strict=True)]
 
 
 def questions(captions: list[str]) -> list[str]:
