@@ -94,7 +94,7 @@ def main() -> None:
         before = resident("VmRSS")
         measured = run(config, world, rows, length, bool(recompute)) - before
         packed = batch_of(config, rows, length)
-        part = Part(rows * length, len(packed.packed.text_index), len(packed.angle), length)
+        part = Part(packed.packed.ids.size, len(packed.packed.text_index), len(packed.angle), length)
         model = memory(config, part, 1, 4, bool(recompute), fused=False)
     print(json.dumps({"measured": measured, **model.to_dict()}))
 
