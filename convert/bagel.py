@@ -25,8 +25,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
 )
 """A message is a block of text without a word about who speaks; the tokenizer's own template is Qwen's."""
-GENERATION = {"sampler": "ddim", "spacing": "flow", "steps": 49, "guidance": 4.0}
-"""The official program's Euler steps and scale, without its shift of the times and its renormalisation."""
+GENERATION = {"sampler": "ddim", "spacing": "shifted", "steps": 49, "guidance": 4.0}
+"""The official program's Euler steps and scale."""
 CARD = Card(
     "ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0", url="https://github.com/ByteDance-Seed/Bagel",
     notes="`describe --question` asks about a picture. Sizes of pictures stand in config.json: image_height and "

@@ -30,8 +30,8 @@ VAE_FILES = ("vae.safetensors", "Wan2.1_VAE.pth")
 """Where SOURCE may hold the autoencoder itself."""
 CODER = "autoencoder."
 """In front of the autoencoder's names, in the plan and in our model."""
-GENERATION = {"sampler": "ddim", "spacing": "flow", "steps": 49, "guidance": 7.5}
-"""The official demo's Euler steps and scale, without its shift of the times."""
+GENERATION = {"sampler": "ddim", "spacing": "shifted", "steps": 49, "guidance": 7.5}
+"""The official demo's Euler steps and scale."""
 CARD = Card(
     "showlab/show-o2-1.5B", "apache-2.0", url="https://github.com/showlab/Show-o",
     notes="The autoencoder is that of Wan 2.1 (Wan-AI), also apache-2.0. `describe --question` asks about a picture. "

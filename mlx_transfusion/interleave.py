@@ -151,7 +151,9 @@ class _Document:
         self.cache = self.model.new_cache(1)
         bos = self.layout.bos
         has_bos = isinstance(parts[0], list) and parts[0][:1] == [bos]
-        pending = [] if bos is None or has_bos else [bos]
+        begins_with_text = isinstance(next(p for p in parts if not isinstance(p, list) or p), list)
+        wanted = begins_with_text or self.layout.bos_before_pictures
+        pending = [bos] if bos is not None and wanted and not has_bos else []
         for part in parts:
             if isinstance(part, list):
                 pending += part

@@ -19,6 +19,8 @@ class Layout:
     """End of image: read after a painted picture, before text goes on."""
     pad: int | None = None
     unk: int | None = None
+    bos_before_pictures: bool = True
+    """Whether BOS also begins a document that begins with a picture, and not only one that begins with text."""
     banned: tuple[int, ...] = ()
     """Tokens that writing never chooses."""
     picture_tokens: int = 0

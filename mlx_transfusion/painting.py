@@ -146,6 +146,6 @@ def guided_velocity(
         if both is None or not guidance.active(angle):
             return model.velocity(x, mx.full((batch,), angle), cache, **condition)
         v = model.velocity(mx.concatenate([x, x]), mx.full((2 * batch,), angle), both)
-        return model.guided(v[:batch], v[batch:], guidance.scale)
+        return model.guided(v[:batch], v[batch:], guidance.scale, x, angle)
 
     return velocity

@@ -229,7 +229,9 @@ def get_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-SPACINGS = ("uniform", "flow", "karras")
+SPACINGS = ("uniform", "flow", "shifted", "karras")
+FLOW_SHIFT = 3.0
+"""Of the spacing "shifted": BAGEL's and Show-o2's (Esser et al. 2024, arXiv 2403.03206, equation 23)."""
 _KARRAS_RHO = 7.0
 _KARRAS_MIN, _KARRAS_MAX = math.atan(0.004), math.atan(160.0)
 """EDM's sigma of 0.002 to 80 at data of standard deviation 0.5, as angles (Karras et al. 2022, table 1)."""
@@ -240,9 +242,10 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
 
     'uniform' takes equal turns: 250 steps from pi/2 are every fourth of the paper's 1000. 'flow' takes equal
     steps of rectified flow's time sin / (sin + cos): 'ddim' on it is Euler's method for such a model, since both
-    keep a step's estimates of x0 and z. 'karras' spaces tan(a) by the power 7 (Karras et al. 2022, equation 5)
-    and so spends more steps near the data; it begins at atan(160) at the latest. A `start` below pi/2 resumes a
-    partly noisy image. Raises UserError for steps < 1, a start outside (0, pi/2] or an unknown spacing.
+    keep a step's estimates of x0 and z. 'shifted' moves these times s to 3 s / (1 + 2 s), towards the noise. 'karras'
+    spaces tan(a) by the power 7 (Karras et al. 2022, equation 5) and so spends more steps near the data; it begins at
+    atan(160) at the latest. A `start` below pi/2 resumes a partly noisy image. Raises UserError for steps < 1, a
+    start outside (0, pi/2] or an unknown spacing.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}: use at least 1")
@@ -254,6 +257,8 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
         return [start * (steps - i) / steps for i in range(steps)] + [0.0]
     if spacing == "flow":
         return _flow_angles(steps, start)
+    if spacing == "shifted":
+        return _flow_angles(steps, start, FLOW_SHIFT)
     if spacing != "karras":
         raise UserError(f"unknown spacing '{spacing}'; {_nearest(spacing, SPACINGS)}")
     first = min(start, _KARRAS_MAX)
@@ -263,10 +268,12 @@ def angle_schedule(steps: int, start: float = NOISE_ANGLE, spacing: str = "unifo
     return [math.atan((high + (low - high) * i / (steps - 1)) ** _KARRAS_RHO) for i in range(steps)] + [0.0]
 
 
-def _flow_angles(steps: int, start: float) -> list[float]:
-    """Equal steps of the noise fraction of rectified flow, as angles."""
+def _flow_angles(steps: int, start: float, shift: float = 1.0) -> list[float]:
+    """Equal steps of the noise fraction of rectified flow, as angles; `shift` multiplies noise / data at each."""
     first = flow_time_from_angle(start)
-    return [start] + [angle_from_flow_time(first * (steps - i) / steps) for i in range(1, steps)] + [0.0]
+    first = first / (shift + (1 - shift) * first)  # what is moved to the start
+    even = [first * (steps - i) / steps for i in range(1, steps)]
+    return [start] + [angle_from_flow_time(shift * s / (1 + (shift - 1) * s)) for s in even] + [0.0]
 
 
 MIDDLE_ANGLE = 1.1

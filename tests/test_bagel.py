@@ -402,6 +402,24 @@ def test_velocity_is_the_flow_in_trigflow(golden: Golden) -> None:
     assert_close(x[0], io["t2i.sample_plain.final_latent_tokens"], SAMPLES)
 
 
+def test_the_shared_sampler_paints_the_official_guided_picture(golden: Golden) -> None:
+    """Shifted times, guidance inside its interval, and the norm held back, all through the family's interface."""
+    model, io = golden
+    cache = prompt(golden).stack(model.guide([[]]))
+    angles = sampling.angle_schedule(5, spacing="shifted")
+    _, times = settings(io, "t2i.sample")
+    np.testing.assert_allclose(angles, [trigflow.angle_from_flow_time(t) for t in times], atol=1e-7)
+    low = trigflow.angle_from_flow_time(io["t2i.sample.cfg_interval"][0].item())
+
+    def velocity(x: mx.array, angle: float) -> mx.array:
+        v = model.velocity(mx.concatenate([x, x]), mx.full((2,), angle), cache)
+        scale = float(io["t2i.sample.cfg_text_scale"])
+        return model.guided(v[:1], v[1:], scale, x, angle) if angle > low else v[:1]
+
+    x = sampling.ddim(velocity, io["t2i.noise"][None], angles)
+    assert_close(x[0], io["t2i.sample.final_latent_tokens"], SAMPLES)
+
+
 def test_rows_of_different_lengths_do_not_mix(golden: Golden) -> None:
     """Prompts, and a guide that holds nothing, in one batch: each as by itself."""
     model, io = golden

@@ -20,12 +20,14 @@ from tokenizers import decoders, models, pre_tokenizers
 from mlx_transfusion import generate_images
 from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.interleave import complete, describe
 from mlx_transfusion.model_io import flat_parameters, load
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.bagel import Bagel
 from mlx_transfusion.models.bagel_config import BagelConfig
 from mlx_transfusion.models.bagel_guidance import BagelGuidance, edit_contexts, flow_times, paint_flow
 from mlx_transfusion.models.bagel_layers import BagelTextConfig
+from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.vision_layers import VisionConfig
 from mlx_transfusion.painting import prefill
 from mlx_transfusion.settings import GenerationSettings
@@ -223,7 +225,7 @@ def test_missing_parts(tmp_path: Path, official: Path) -> None:
 def test_it_paints_as_its_authors_do(converted: Path) -> None:
     loaded = load(converted)
     settings = GenerationSettings().for_model(loaded.extra, loaded.name)
-    assert (settings.sampler, settings.spacing, settings.steps) == ("ddim", "flow", 49)
+    assert (settings.sampler, settings.spacing, settings.steps) == ("ddim", "shifted", 49)
     assert settings.guidance == 4.0
 
 
@@ -264,7 +266,24 @@ def test_describing_reads_what_the_official_program_reads(converted: Path) -> No
     assert loaded.pictures.question_prompt([7, 8]) == ([], [BOS, 7, 8, EOS, BOS])
     question = tokenizer().encode(bagel_config.QUESTION).ids
     assert (before, after) == ([], [BOS, *question, EOS, BOS])
-    assert loaded.config.layout.bos is None
+    seen: list[list[int]] = []
+    model = loaded.pictures
+    extend, look = model.extend_text, model.read_picture
+
+    def extend_text(ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+        seen.append(ids[0].tolist())
+        return extend(ids, lengths, cache)
+
+    def read_picture(pixels: mx.array, cache: KVCache) -> mx.array:
+        assert cache.positions.tolist() == [0]
+        return look(pixels, cache)
+
+    model.extend_text, model.read_picture = extend_text, read_picture
+    describe(loaded, np.zeros((12, 20, 3), np.uint8), settings=GenerationSettings(max_tokens=1))
+    assert seen[0] == after
+    seen.clear()
+    list(complete(loaded, "red", settings=GenerationSettings(max_tokens=1)))
+    assert seen[0] == [BOS, *tokenizer().encode("red").ids]
 
 
 def test_a_painted_picture_is_read_in_two_blocks(converted: Path) -> None:

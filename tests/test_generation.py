@@ -482,7 +482,9 @@ def test_a_stream_continues_the_text_before_it(tiny_tokenizer: Tokenizer) -> Non
 
 def test_a_family_may_guide_in_its_own_way(tiny_model: Transfusion) -> None:
     class Unmoved(Double):
-        def guided(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+        def guided(
+            self, conditional: mx.array, unconditional: mx.array, scale: float, *_: object
+        ) -> mx.array:
             return conditional
 
     prefixes, seeds = [[1, 10, 4]], [1]

@@ -203,6 +203,7 @@ def test_painting(golden: Golden, key: str, grid: tuple[int, int]) -> None:
 
     angles = [trigflow.angle_from_flow_time(1 - t) for t in io[f"{key}.sample.timesteps"].tolist()]
     angles[0], angles[-1] = trigflow.NOISE_ANGLE, 0.0
+    np.testing.assert_allclose(sampling.angle_schedule(len(angles) - 1, spacing="shifted"), angles, atol=1e-6)
 
     def guided_velocity(x: mx.array, angle: float) -> mx.array:
         v = model.velocity(mx.concatenate([x, x]), mx.full((2 * pictures,), angle), both)

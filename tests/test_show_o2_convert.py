@@ -221,7 +221,7 @@ def test_missing_parts(tmp_path: Path, official: Path) -> None:
 def test_it_paints_as_its_authors_do(converted: Path) -> None:
     loaded = load(converted)
     settings = GenerationSettings().for_model(loaded.extra, loaded.name)
-    assert (settings.sampler, settings.spacing, settings.steps) == ("ddim", "flow", 49)
+    assert (settings.sampler, settings.spacing, settings.steps) == ("ddim", "shifted", 49)
     assert settings.guidance == 7.5
 
 

@@ -23,6 +23,7 @@ from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.bagel_config import BagelConfig
+from mlx_transfusion.models.bagel_guidance import BagelGuidance
 from mlx_transfusion.models.bagel_layers import BagelDecoder
 from mlx_transfusion.models.bagel_vision import BagelVision, Connector
 from mlx_transfusion.models.cache import KVCache
@@ -142,6 +143,22 @@ class Bagel(PictureFamily):
         t = trigflow.flow_time_from_angle(per_image)
         state = x / (mx.sin(per_image) + mx.cos(per_image))
         u = self.flow(state, t[:, 0, 0], cache)
+        return trigflow.flow_to_trigflow(state, u, t)[1]
+
+    def guided(
+        self,
+        conditional: mx.array,
+        unconditional: mx.array,
+        scale: float,
+        x: mx.array | None = None,
+        angle: float | None = None,
+    ) -> mx.array:
+        """The official guidance of a prompt: between velocities of the flow, no longer than without guidance."""
+        if x is None or angle is None:
+            return super().guided(conditional, unconditional, scale)
+        state, v, t = trigflow.trigflow_to_flow(x, conditional, angle)
+        without = trigflow.trigflow_to_flow(x, unconditional, angle)[1]
+        u = BagelGuidance(text_scale=scale, image_scale=1.0)(v, without, None)
         return trigflow.flow_to_trigflow(state, u, t)[1]
 
     def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:

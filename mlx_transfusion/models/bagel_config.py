@@ -82,7 +82,8 @@ class BagelConfig:
         read = (self.input_height // self.vision_patch_size) * (self.input_width // self.vision_patch_size)
         painted = self.grid[0] * self.grid[1]
         return Layout(
-            bos=None,
+            bos=self.bos_token_id,
+            bos_before_pictures=False,
             eos=(self.eos_token_id,),
             banned=(self.bos_token_id, self.boi_token_id, self.eoi_token_id),
             picture_tokens=max(read, painted) + 2,

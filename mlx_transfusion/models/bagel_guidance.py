@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.models.bagel import Bagel
 from mlx_transfusion.models.cache import KVCache
+
+if TYPE_CHECKING:
+    from mlx_transfusion.models.bagel import Bagel
 
 RENORMS = ("global", "channel", "text_channel")
 

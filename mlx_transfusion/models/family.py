@@ -143,8 +143,18 @@ class PictureFamily(TextFamily):
         """
         raise NotImplementedError
 
-    def guided(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
-        """Classifier-free guidance at a scale of velocities [B, N, P] with and without the prompt."""
+    def guided(
+        self,
+        conditional: mx.array,
+        unconditional: mx.array,
+        scale: float,
+        x: mx.array | None = None,
+        angle: float | None = None,
+    ) -> mx.array:
+        """Classifier-free guidance at a scale of velocities [B, N, P] with and without the prompt.
+
+        x, angle: the states [B, N, P] that they are at, for a family that needs to know.
+        """
         return sampling.guided(conditional, unconditional, scale)
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:

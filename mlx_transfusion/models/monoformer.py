@@ -89,7 +89,14 @@ class MonoFormer(PictureFamily):
         out = out.reshape(*out.shape[:2], c.patch_size**2, 2 * c.latent_channels)
         return tuple(part.reshape(*hidden.shape[:2], -1) for part in mx.split(out, 2, -1))  # type: ignore[return-value]
 
-    def guided(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+    def guided(
+        self,
+        conditional: mx.array,
+        unconditional: mx.array,
+        scale: float,
+        x: mx.array | None = None,
+        angle: float | None = None,
+    ) -> mx.array:
         """Classifier-free guidance as the official code has it, of noise or velocities [B, N, P]."""
         c = self.config
         shape = (*conditional.shape[:2], c.patch_size**2, c.latent_channels)
