@@ -6,16 +6,11 @@ from collections import Counter
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_transfusion.model_io import build
-from mlx_transfusion.models.family import FamilyConfig
+from mlx_transfusion.generation_memory import cache_bytes
 
 from .account import Account
 from .card import bits_a_weight
-
-TEXT_TOKENS = 512
-"""Tokens of text beside a picture, or of a chat, that memory is predicted for."""
 
 
 def facts(done: Account) -> dict[str, Any]:
@@ -32,32 +27,10 @@ def facts(done: Account) -> dict[str, Any]:
         "weights": done.nbytes,
         "bits a weight": round(bits_a_weight(done), 3),
     }
-    cache = cache_bytes(done)
-    if cache is not None:
-        out["memory for generation"] = done.nbytes + cache
+    if done.config is not None:  # a part that is no model of its own generates nothing
+        number = next((t.dtype.size for t in done.stored if mx.issubdtype(t.dtype, mx.floating)), 2)
+        out["memory for generation"] = done.nbytes + cache_bytes(done.config, number)
     return out
-
-
-def cache_bytes(done: Account) -> int | None:
-    """The cache of one picture and TEXT_TOKENS of text; twice, for guidance, where pictures are painted.
-
-    None of a part that is no model of its own.
-    """
-    if done.config is None:
-        return None
-    pictures = done.config.layout.picture_tokens
-    number = next((t.dtype.size for t in done.stored if mx.issubdtype(t.dtype, mx.floating)), 2)
-    rows = 2 if pictures else 1
-    return rows * (pictures + TEXT_TOKENS) * numbers_a_token(done.config) * number
-
-
-def numbers_a_token(config: FamilyConfig) -> int:
-    """How many keys, values and the like one token leaves in the cache of a model of this config.
-
-    Taken from the shapes of a pass that is never computed, so no weight is allocated.
-    """
-    _, cache = build(config).prefill(np.array([[0]]), np.array([1]))
-    return sum(part.size for layer in cache.layers if layer is not None for part in layer)
 
 
 def lines(data: dict[str, Any]) -> list[str]:

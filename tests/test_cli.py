@@ -356,6 +356,8 @@ def test_info_of_a_model(cli: Cli, tiny_model_dir: Path, tiny_model: Transfusion
     parts = (tiny_model.patch_encoder, tiny_model.patch_decoder, tiny_model.angle_embedding)
     assert facts["parameters"]["patch layers"] == sum(parameter_count(part) for part in parts)
     assert facts["config"]["hidden_size"] == 32
+    assert facts["bits a weight on disk"] == pytest.approx(32, rel=0.05)  # with headers
+    assert set(facts["memory for generation"]) == {"weights as stored", "float32 (on a CPU)"}
     assert "8x8x3, 4 patches of 4x4" in cli("info", tiny_model_dir).out
 
 

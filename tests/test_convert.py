@@ -262,7 +262,10 @@ def test_other_torch_files_are_named(tmp_path: Path, convert: Callable[..., Path
     cases = {
         "nested": ({"state_dict": {}, "epoch": 3}, r"not a plain state dict \(state_dict, epoch\)"),
         "list": ([torch.zeros(1)], "holds a list, expected a state dict"),
-        "double": ({"norm.weight": torch.zeros(1, dtype=torch.float64)}, "norm.weight has dtype F64, expected a fl"),
+        "double": (
+            {"norm.weight": torch.zeros(1, dtype=torch.float64)},
+            "norm.weight has dtype F64, expected a fl",
+        ),
         "sparse": ({"a": torch.eye(2).to_sparse()}, "a: not a plain tensor"),
     }
     for name, (value, message) in cases.items():
@@ -321,7 +324,10 @@ def test_bad_configs_and_tokenizers(tmp_path: Path, inputs: Path, weights: Weigh
         ("{", "not valid JSON"),
         ("[1]", "expected an object, found list"),
         (json.dumps(good | {"hiden_size": 1}), 'unknown key "hiden_size"; did you mean "hidden_size"'),
-        (json.dumps(good | {"vocab_size": 100}), r"embed_tokens\.weight has shape \[288, 32\], expected \[100, 32\]"),
+        (
+            json.dumps(good | {"vocab_size": 100}),
+            r"embed_tokens\.weight has shape \[288, 32\], expected \[100, 32\]",
+        ),
         (json.dumps(good | {"num_hidden_layers": 1}), r"unexpected layers\.1\.input_layernorm\.weight"),
     ):
         (tmp_path / "config.json").write_text(content)

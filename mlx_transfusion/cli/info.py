@@ -88,6 +88,7 @@ def _part(name: str) -> str:
 
 def stored_model_facts(name: str) -> dict[str, Any]:
     """The facts of a model folder, from its config and file sizes; the weights are not read."""
+    from mlx_transfusion.generation_memory import cache_bytes
     from mlx_transfusion.model_io import read_config, weight_files
     from mlx_transfusion.model_path import display_name, resolve
     from mlx_transfusion.objective import read_objective
@@ -102,7 +103,16 @@ def stored_model_facts(name: str) -> dict[str, Any]:
         "path": str(path),
         "weights on disk": _memory(size),
     }
-    return facts | model_facts(config) | extra
+    more = model_facts(config)
+    total = more["parameters"]["total"]
+    needed = {
+        "bits a weight on disk": round(8 * size / total, 2),
+        "memory for generation": {
+            "weights as stored": _memory(size + cache_bytes(config, 2)),
+            "float32 (on a CPU)": _memory(4 * total + cache_bytes(config, 4)),
+        },
+    }
+    return facts | needed | more | extra
 
 
 def installation_facts() -> dict[str, Any]:

@@ -66,7 +66,9 @@ GuidanceInterval = Annotated[
 Spacing = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Spacing of the steps: uniform, flow, shifted or karras.", show_default="the model's"
+        metavar="NAME",
+        help="Spacing of the steps: uniform, flow, shifted or karras.",
+        show_default="the model's",
     ),
 ]
 NegativePrompt = Annotated[
