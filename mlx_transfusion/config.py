@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 
 T = TypeVar("T")
+_POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "image_height", "image_width", "image_channels", "patch_size", "time_frequencies", "image_std",
+             "rms_norm_eps", "rope_theta", "max_position", "unet_channels", "unet_blocks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,7 @@ class ModelConfig:
         _one_of("prediction", self.prediction, ("epsilon", "velocity"))
         _one_of("patch_positions", self.patch_positions, ("none", "learned"))
         _one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "image_height", "image_width", "image_channels", "patch_size", "time_frequencies",
-                     "image_std", "rms_norm_eps", "rope_theta", "max_position", "unet_channels",
-                     "unet_blocks"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(self, "model config", _POSITIVE)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
                 f"model config: hidden_size {self.hidden_size} must be an even multiple of "
@@ -170,6 +169,13 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Read a config.json dict strictly; raises UserError for unknown or missing keys and wrong types."""
         return from_dict(cls, data, where)
+
+
+def check_positive(config: object, what: str, names: Iterable[str]) -> None:
+    """Raises UserError, which begins with `what`, unless each named field of `config` is a number above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{what}: {name} is {getattr(config, name)}, expected a positive number")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

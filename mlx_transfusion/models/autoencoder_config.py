@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_transfusion.config import from_dict
+from mlx_transfusion.config import check_positive, from_dict
 from mlx_transfusion.errors import UserError
 
 MODEL_TYPE = "autoencoder_kl"
@@ -52,12 +52,11 @@ class AutoencoderConfig:
     model_type: str = MODEL_TYPE
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
-                     "scaling_factor"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"autoencoder config: {name} is {getattr(self, name)}, expected a positive number"
-                )
+        check_positive(
+            self, "autoencoder config",
+            ("in_channels", "out_channels", "latent_channels", "layers_per_block",
+             "norm_num_groups", "scaling_factor"),
+        )  # fmt: skip
         if self.model_type != MODEL_TYPE:
             raise UserError(f'autoencoder config: model_type is "{self.model_type}", expected "{MODEL_TYPE}"')
         if not self.block_out_channels:

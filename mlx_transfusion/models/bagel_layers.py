@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.layers import MLP, KeysValues
 
@@ -35,10 +36,12 @@ class BagelTextConfig:
     hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"text config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(
+            self, "text config",
+            ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta",
+             "max_position_embeddings"),
+        )  # fmt: skip
         if self.hidden_act != "silu":
             raise UserError(f'text config: hidden_act is "{self.hidden_act}", expected silu')
         if self.hidden_size % (2 * self.num_attention_heads):

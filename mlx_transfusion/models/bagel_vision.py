@@ -21,7 +21,7 @@ class BagelVision(nn.Module):
         self._patch_size = patch_size
         self.patch_embedding = nn.Linear(3 * patch_size**2, d)
         self.position_embedding = nn.Embedding(side**2, d)
-        self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [VisionLayer(config, gelu_tanh) for _ in range(config.num_hidden_layers)]
         self.post_layernorm = nn.LayerNorm(d, config.layer_norm_eps)
 
     def __call__(self, pixels: mx.array, places: mx.array) -> mx.array:

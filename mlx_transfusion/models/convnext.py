@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.convolution import Conv2d
 from mlx_transfusion.models.layers import silu
@@ -41,11 +42,10 @@ class ConvNextConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "latent_size", "patch_size", "channels", "blocks", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"painting config: {name} is {getattr(self, name)}, expected a positive number"
-                )
+        check_positive(
+            self, "painting config",
+            ("latent_channels", "latent_size", "patch_size", "channels", "blocks", "norm_eps"),
+        )  # fmt: skip
         if self.latent_size % self.patch_size or self.channels % 2:
             raise UserError(
                 f"painting config: latent_size {self.latent_size} must be a multiple of patch_size "

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_transfusion.config import from_dict
+from mlx_transfusion.config import check_positive, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.cache import KVCache
@@ -77,9 +77,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if not self.head_dim and self.num_attention_heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UserError(f"llama config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(self, "llama config", _POSITIVE)
         if self.head_dim <= 0 or self.head_dim % 2:
             raise UserError(
                 f"llama config: head_dim is {self.head_dim}, expected an even number (rotary pairs)"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from mlx_transfusion.config import from_dict
+from mlx_transfusion.config import check_positive, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
@@ -66,10 +66,11 @@ class LucidrainsConfig:
     max_position: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "dim_head", "heads", "ff_inner", "softcap", "laser_softcap", "clean_eps",
-                     "patch_size", "max_position"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(
+            self, "model config",
+            ("dim", "depth", "dim_head", "heads", "ff_inner", "softcap", "laser_softcap",
+             "clean_eps", "patch_size", "max_position"),
+        )  # fmt: skip
         if self.num_text_tokens < 0:
             raise UserError(
                 f"model config: num_text_tokens is {self.num_text_tokens}, expected 0 or a positive number"

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_transfusion.config import from_dict
+from mlx_transfusion.config import check_positive, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
@@ -51,11 +51,12 @@ class MonoFormerConfig:
     qk_norm = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "intermediate_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "latent_size",
-                     "latent_channels", "patch_size"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(
+            self, "model config",
+            ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "intermediate_size", "rms_norm_eps", "rope_theta",
+             "max_position_embeddings", "latent_size", "latent_channels", "patch_size"),
+        )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads or self.hidden_size % (
             2 * self.num_attention_heads
         ):

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import isqrt
 from typing import Any
 
-from mlx_transfusion.config import from_dict
+from mlx_transfusion.config import check_positive, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.llama import LlamaConfig
@@ -47,9 +47,7 @@ class ShowO2Config:
     model_type: str = "show_o2"
 
     def __post_init__(self) -> None:
-        for name in ("grid_height", "grid_width", "position_rows", "patch_size"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(self, "model config", ("grid_height", "grid_width", "position_rows", "patch_size"))
         if self.resizes_positions and isqrt(self.position_rows) ** 2 != self.position_rows:
             raise UserError(
                 f"model config: position_rows is {self.position_rows}, expected those of the grid or a square"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.layers import MLP, Attention, Options, RopeScaling, silu
 from mlx_transfusion.models.vision_layers import gelu_erf
@@ -37,10 +38,11 @@ class HeadConfig:
     hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "block_norm_eps", "rms_norm_eps", "rope_theta"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"head config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(
+            self, "head config",
+            ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "block_norm_eps", "rms_norm_eps", "rope_theta"),
+        )  # fmt: skip
         if self.hidden_act != "silu" or self.rope_scaling.rope_type != "llama3":
             raise UserError("head config: expected hidden_act silu and rope_scaling of rope_type llama3")
         if (

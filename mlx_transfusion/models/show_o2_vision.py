@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_transfusion.models.vision_layers import VisionConfig, VisionLayer, gelu_erf
+from mlx_transfusion.models.vision_layers import VisionConfig, VisionLayer, gelu_erf, gelu_tanh
 
 FUSION_EPS = 1e-6
 CUBIC = -0.75
@@ -27,7 +27,7 @@ class DualPath(nn.Module):
         self.embed_und = nn.Linear(numbers, c)
         self.embed_gen = nn.Linear(numbers, width)
         self.positions = nn.Embedding(rows, c)
-        self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [VisionLayer(config, gelu_tanh) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(c + width, eps=FUSION_EPS)
         self.fc1 = nn.Linear(c + width, width)
         self.fc2 = nn.Linear(width, width)

@@ -13,36 +13,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_transfusion.errors import UserError
+from mlx_transfusion.models.vision_layers import SquareVisionConfig, VisionMLP
 
 
 @dataclass(frozen=True)
-class SiglipConfig:
+class SiglipConfig(SquareVisionConfig):
     """Sizes of the vision transformer."""
-
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "layer_norm_eps"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"vision config: {name} is {getattr(self, name)}, expected a positive number")
-        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
-            raise UserError(
-                f"vision config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}, and image_size {self.image_size} of patch_size {self.patch_size}"
-            )
-
-    @property
-    def patches(self) -> int:
-        """Number of patches N."""
-        return (self.image_size // self.patch_size) ** 2
 
 
 class Siglip(nn.Module):
@@ -84,7 +60,7 @@ class SiglipBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = SiglipAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SiglipMLP(config)
+        self.mlp = VisionMLP(config.hidden_size, config.intermediate_size, nn.gelu)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, N, D] -> [B, N, D]."""
@@ -108,16 +84,3 @@ class SiglipAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self._heads, -1).transpose(2, 0, 3, 1, 4)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(b, n, d))
-
-
-class SiglipMLP(nn.Module):
-    """Two linear layers around the exact GELU."""
-
-    def __init__(self, config: SiglipConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, N, D] -> [B, N, D]."""
-        return self.fc2(nn.gelu(self.fc1(x)))

@@ -1,19 +1,24 @@
-"""The encoder layers of SigLIP (arXiv 2303.15343) as Hugging Face names them, and GELUs with all derivatives.
+"""What vision transformers share: sizes, the encoder layer as Hugging Face names it, GELUs with all derivatives.
 
-Queries, keys and values have matrices of their own here, and the activation is the tanh form of GELU: BAGEL and
-Show-o2 hold their semantic layers so (siglip.py is the same transformer as timm stores it).
+Queries, keys and values have matrices of their own here. With the tanh form of GELU it is the layer of SigLIP (arXiv
+2303.15343) in BAGEL and Show-o2, with the quick form that of CLIP (siglip.py holds SigLIP as timm stores it).
 Shapes: B pictures, N patches, D width, H heads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
+
+_POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+Activation = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "layer_norm_eps"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"vision config: {name} is {getattr(self, name)}, expected a positive number")
+        check_positive(self, "vision config", _POSITIVE)
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"vision config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
@@ -39,16 +41,42 @@ class VisionConfig:
             )
 
 
-class VisionLayer(nn.Module):
-    """Attention of all patches to all, and a feed-forward layer, each behind its norm."""
+@dataclass(frozen=True)
+class SquareVisionConfig:
+    """Sizes of a vision transformer that reads square pictures of one size."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vision config", ("image_size", "patch_size", *_POSITIVE))
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise UserError(
+                f"vision config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and image_size {self.image_size} of patch_size {self.patch_size}"
+            )
+
+    @property
+    def patches(self) -> int:
+        """Number of patches N."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionLayer(nn.Module):
+    """Attention of all tokens to all, and a feed-forward layer, each behind its norm."""
+
+    def __init__(self, config: VisionConfig | SquareVisionConfig, activation: Activation) -> None:
         super().__init__()
         d, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(d, eps)
         self.self_attn = VisionAttention(d, config.num_attention_heads)
         self.layer_norm2 = nn.LayerNorm(d, eps)
-        self.mlp = VisionMLP(d, config.intermediate_size)
+        self.mlp = VisionMLP(d, config.intermediate_size, activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, N, D] -> [B, N, D]."""
@@ -79,21 +107,27 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two linear layers around the tanh form of GELU."""
+    """Two linear layers around an activation."""
 
-    def __init__(self, d: int, inner: int) -> None:
+    def __init__(self, d: int, inner: int, activation: Activation) -> None:
         super().__init__()
+        self._activation = activation
         self.fc1 = nn.Linear(d, inner)
         self.fc2 = nn.Linear(inner, d)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(self._activation(self.fc1(x)))
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU by its tanh formula. Not mlx's own, which is compiled: that has no gradient inside a forward-mode pass."""
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def gelu_quick(x: mx.array) -> mx.array:
+    """CLIP's approximation of GELU, x sigmoid(1.702 x)."""
+    return x * mx.sigmoid(1.702 * x)
 
 
 def gelu_erf(x: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.convolution import Conv2d, conv2d
 from mlx_transfusion.models.layers import silu
@@ -33,11 +34,7 @@ class WanConfig:
     num_res_blocks: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("dim", "z_dim", "num_res_blocks"):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"autoencoder config: {name} is {getattr(self, name)}, expected a positive number"
-                )
+        check_positive(self, "autoencoder config", ("dim", "z_dim", "num_res_blocks"))
         if len(self.dim_mult) < 2 or min(self.dim_mult) < 1:
             raise UserError(
                 f"autoencoder config: dim_mult is {self.dim_mult}, expected 2 or more whole numbers"
