@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from llama_painter_tools import OPTIONS, joint_velocity, roughen, write_llama, write_run
 from llama_tools import write_tokenizer
+from mlx.utils import tree_flatten
 
 from mlx_transfusion.chat import chat_ids
 from mlx_transfusion.errors import UserError
@@ -24,6 +25,7 @@ from mlx_transfusion.painting import prefill
 from mlx_transfusion.picture_side import PAINTER_FILE, PictureOptions, extend
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.training.config import TrainConfig, load_train_config
+from mlx_transfusion.training.prompt_memory import PromptMemory
 from mlx_transfusion.training.trainer import Trainer, train
 
 KINDS: dict[str, dict[str, int]] = {"experts": {"every": 2}, "factors": {"rank": 3}}
@@ -219,9 +221,31 @@ def test_parts_of_a_batch_add_up(run: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(parts[name], value, atol=1e-5 + 1e-4 * np.abs(value).max(), err_msg=name)
 
 
-def flat(tree: Any) -> dict[str, np.ndarray]:
-    from mlx.utils import tree_flatten
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_a_prompt_is_read_alike_in_any_batch(run: Path, model: LlamaPainter, limit: int) -> None:
+    loaded = load(run / "paints")
+    prefixes = [prefix(loaded, text) for text in (PROMPT, "Paint a green house!", "No")]
+    lengths = np.array([len(ids) for ids in prefixes] + [1])
+    ids = np.zeros((4, int(lengths.max())), np.int32)
+    for row, tokens in zip(ids, prefixes, strict=False):
+        row[: len(tokens)] = tokens
+    memory = PromptMemory(model, limit)
+    whole, hidden = memory.read(ids, lengths, 1)
+    assert len(memory) == (3 if limit else 0)
+    again, alone = memory.read(ids[1:2, : lengths[1]], lengths[1:2], 1)
+    for (k, v), (k1, v1) in zip(whole, again, strict=True):
+        assert mx.array_equal(k[1:2, :, : lengths[1]], k1)
+        assert mx.array_equal(v[1:2, :, : lengths[1]], v1)
+    assert mx.array_equal(hidden[1:2], alone)
+    assert not hidden[3].any()
+    states, read = model.read_prefix(mx.array(ids[:3]))
+    np.testing.assert_allclose(np.array(states[2, lengths[2] - 2]), np.array(hidden[2]), atol=1e-5)
+    at = model.config.painter_layers[0]
+    np.testing.assert_allclose(np.array(read[at][0])[0, :, : lengths[0]], np.array(whole[0][0])[0, :, : lengths[0]],
+                               atol=1e-5)  # fmt: skip
 
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in dict(tree_flatten(tree)).items()}
 
 

@@ -9,6 +9,8 @@ of LLAMA, the folder that it was extended from. Choices: how often it answers re
 
 from __future__ import annotations
 
+import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it loads a BLAS)
+
 import argparse
 import dataclasses
 import json
