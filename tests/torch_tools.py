@@ -1,7 +1,13 @@
-"""What the tests of the PyTorch path share: batches, twins of MLX models, the objective."""
+"""What the tests of the PyTorch path share: batches, twins of MLX models, the objective, processes."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,9 @@ from mlx_transfusion.torch.batch import Example
 from mlx_transfusion.torch.model import Transfusion
 from mlx_transfusion.training.config import DataConfig, SourceConfig, TrainConfig
 from mlx_transfusion.training.data import Batch
+
+ROOT = Path(__file__).parent.parent
+RUN = "import sys; from mlx_transfusion.torch.train import main; sys.exit(main(sys.argv[1:]))"
 
 
 def to_torch_model(model: Any) -> Transfusion:
@@ -85,3 +94,40 @@ def attention_cases() -> list[tuple[np.ndarray, np.ndarray]]:
         case(row(*[(d, -1, 5) for d in range(8)])),
         case(row((0, -1, 100), (0, 0, 64), (0, -1, 30), (1, 1, 64), (1, -1, 20), (-1, -1, 22))),
     ]
+
+
+def start(
+    toml: Path, output: Path, count: int, before: str = "", changes: tuple[str, ...] = ("steps=8",)
+) -> list[subprocess.Popen[str]]:
+    """`count` processes of one run, of 8 steps with a checkpoint every other one unless `changes` say otherwise."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = [str(toml), *(word for change in (f"output={output}", *changes) for word in ("--set", change))]
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{before}\n{RUN}", *words],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> str:
+    """Wait for all, which must end well; the first one's messages."""
+    told = [p.communicate(timeout=240)[1] for p in processes]
+    assert all(p.returncode == 0 for p in processes), told
+    return told[0]
+
+
+def run_losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]

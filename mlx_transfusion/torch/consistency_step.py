@@ -105,6 +105,9 @@ class ConsistencyStep(Step):
     def load(self, data: DataSet, documents: Sequence[Document]) -> PrefixBatch:
         """Arrays of one part of a step (numpy only)."""
         batch = prefix_batch(data, documents, self.model.config.pad_token_id)
+        if batch.rest is None and self.world.size > 1:
+            # Every process gathers the same weights in the same order, whatever its own documents are.
+            batch = replace(batch, rest=data.batch([]))
         if (between := self.settings.guidance_range) is None:
             return batch
         scales = guidance_scales(documents, len(batch.ids), *between, self.config.seed)
