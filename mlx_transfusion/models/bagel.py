@@ -122,7 +122,7 @@ class Bagel(PictureFamily):
         new = np.arange(t) < lengths[:, None]
         positions = cache.positions[:, None] + np.arange(t)
         hidden, added = self.decoder(
-            self.embed_tokens(mx.array(ids)), t, mx.array(positions), _causal_mask(cache, new), cache.layers
+            self.embed_tokens(mx.array(ids)), t, mx.array(positions), cache.text_mask(new), cache.layers
         )
         cache.append(added, new)
         return self.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
@@ -226,9 +226,9 @@ class Bagel(PictureFamily):
         x = mx.concatenate(parts, 1)
         new = np.ones((b, n + 2), bool)
         positions = mx.array(np.repeat(cache.positions[:, None], n + 2, 1))
-        visible = cache.visible(new)
-        mask = None if visible.all() else mx.array(visible[:, None, None])
-        hidden, added = self.decoder(x, 2 if latents else n + 2, positions, mask, cache.layers)
+        hidden, added = self.decoder(
+            x, 2 if latents else n + 2, positions, cache.picture_mask(new), cache.layers
+        )
         if store:
             cache.append(added, new, advance=np.ones(b, int))
         return hidden
@@ -248,18 +248,6 @@ class Bagel(PictureFamily):
 def _places(rows: int, columns: int, side: int) -> mx.array:
     """Where the patches of a picture stand in a square table of positions: int [rows * columns]."""
     return mx.array((np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1))
-
-
-def _causal_mask(cache: KVCache, new: np.ndarray) -> mx.array | str | None:
-    """Each new token sees all of the cache and the new ones up to itself; the cheap forms where they serve."""
-    t, s = new.shape[1], cache.valid.shape[1]
-    if new.all() and cache.valid.all():
-        return None if t == 1 else "causal"
-    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
-    mask = causal & cache.visible(new)[:, None]
-    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
-    mask |= np.eye(t, s + t, s, dtype=bool)
-    return mx.array(mask[:, None])
 
 
 FAMILY = Family(BagelConfig, Bagel)

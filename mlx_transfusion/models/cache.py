@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_transfusion.models.layers import KeysValues
+from mlx_transfusion.models.layers import KeysValues, Mask
 
 
 class KVCache:
@@ -42,6 +42,25 @@ class KVCache:
     def visible(self, new: np.ndarray | None = None) -> np.ndarray:
         """Which columns may be looked at, followed by those of `new` tokens [B, T]. bool [B, S(+T)]"""
         return self.valid if new is None else np.concatenate([self.valid, new], 1)
+
+    def text_mask(self, new: np.ndarray) -> Mask:
+        """What text tokens behind the cache see; new: which of them are real, bool [B, T].
+
+        Causal among themselves and open to all that is valid in the cache; the cheap forms where they serve.
+        """
+        t, s = new.shape[1], self.valid.shape[1]
+        if new.all() and self.valid.all():
+            return None if t == 1 else "causal"
+        causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
+        mask = causal & self.visible(new)[:, None]
+        # A padded query keeps itself: a row that sees nothing is undefined on some backends.
+        mask |= np.eye(t, s + t, s, dtype=bool)
+        return mx.array(mask[:, None])
+
+    def picture_mask(self, new: np.ndarray) -> Mask:
+        """What every token of a picture sees: valid columns, and those of `new`, bool [B, T], that are real."""
+        visible = self.visible(new)
+        return None if visible.all() else mx.array(visible[:, None, None])
 
     def append(self, new: list[KeysValues], valid: np.ndarray, advance: np.ndarray | None = None) -> None:
         """Add T columns: one pair [B, K, T, E] per layer and which of them hold a token, bool [B, T].

@@ -26,7 +26,7 @@ from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.convnext import PictureDecoder, PictureEncoder
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.janusflow_config import JanusFlowConfig
-from mlx_transfusion.models.llama import Llama, text_mask
+from mlx_transfusion.models.llama import Llama
 from mlx_transfusion.models.patches import patchify, unpatchify
 from mlx_transfusion.models.siglip import Siglip
 
@@ -187,7 +187,7 @@ class JanusFlow(PictureFamily):
 
     def _read(self, x: mx.array, new: np.ndarray, cache: KVCache, store: bool) -> mx.array:
         """Final hidden states [B, T, D] of vectors [B, T, D] behind the cache; `new` says which are real."""
-        decoder, mask = self.language_model.model, text_mask(cache, new)
+        decoder, mask = self.language_model.model, cache.text_mask(new)
         hidden, added = decoder.run(x, mask, cache.offset(), cache.layers)
         if store:
             cache.append(added, new)

@@ -184,12 +184,12 @@ class LanguageModel(Decoder):
         super().__init__(config, config.options)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def read(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
+    def read(self, ids: np.ndarray | mx.array, lengths: np.ndarray, cache: KVCache) -> mx.array:
         """Read tokens [B, T], right-padded to `lengths` [B], into `cache`; hidden states [B, D] of each last one."""
-        ids, lengths = np.asarray(ids), np.asarray(lengths)
+        ids, lengths = mx.array(ids), np.asarray(lengths)  # ids on the device are not waited for
         new = np.arange(ids.shape[1]) < lengths[:, None]
         x = self.embed_tokens(mx.array(ids))
-        hidden, added = self.run(x, text_mask(cache, new), cache.offset(), cache.layers)
+        hidden, added = self.run(x, cache.text_mask(new), cache.offset(), cache.layers)
         cache.append(added, new)
         return hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
 
@@ -226,21 +226,6 @@ class Llama(TextFamily):
     def extend_text(self, ids: np.ndarray, lengths: np.ndarray, cache: KVCache) -> mx.array:
         """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
         return self.logits(self.model.read(ids, lengths, cache))
-
-
-def text_mask(cache: KVCache, new: np.ndarray) -> Mask:
-    """What text tokens behind a cache see; new: which of them are real, bool [B, T].
-
-    Causal among themselves and open to all that is valid in the cache; the cheap forms where they serve.
-    """
-    t, s = new.shape[1], cache.valid.shape[1]
-    if new.all() and cache.valid.all():
-        return None if t == 1 else "causal"
-    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
-    mask = causal & cache.visible(new)[:, None]
-    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
-    mask |= np.eye(t, s + t, s, dtype=bool)
-    return mx.array(mask[:, None])
 
 
 FAMILY = Family(LlamaConfig, Llama)

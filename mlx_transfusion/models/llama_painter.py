@@ -215,8 +215,7 @@ class LlamaPainter(Llama, PictureFamily):
         self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
     ) -> mx.array:
         """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
-        visible = cache.visible(np.ones(x.shape[:2], bool))
-        mask = None if visible.all() else mx.array(visible[:, None, None])
+        mask = cache.picture_mask(np.ones(x.shape[:2], bool))
         past = [kv for kv in cache.layers if kv is not None]
         return self._paint(x, angle, mask, cache.offset(), past)
 

@@ -29,7 +29,6 @@ from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.clip_vision import ClipVision
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.layers import Block
-from mlx_transfusion.models.llama import text_mask
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 from mlx_transfusion.models.monoformer_parts import (
     FinalLayer,
@@ -237,7 +236,7 @@ class MonoFormer(PictureFamily):
         picture: from this one on they are patches of one picture.
         """
         bidirectional = picture is not None and self.config.picture_attention
-        mask = picture_mask(cache, new, picture or 0) if bidirectional else text_mask(cache, new)
+        mask = picture_mask(cache, new, picture or 0) if bidirectional else cache.text_mask(new)
         added = []
         for layer, past in zip(self.layers, cache.layers, strict=True):
             x, pair = layer(x, mask, cache.offset(), past)

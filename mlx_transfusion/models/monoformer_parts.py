@@ -74,7 +74,7 @@ def position_sines(grid: int, d: int) -> mx.array:
 
 
 def picture_mask(cache: KVCache, new: np.ndarray, picture: int) -> mx.array:
-    """What the new tokens see, bool [B, 1, T, S + T]: as text_mask, and those from `picture` on see each other.
+    """KVCache.text_mask as bool [B, 1, T, S + T], with all tokens from `picture` on seeing each other.
 
     new: which of them are real, bool [B, T].
     """

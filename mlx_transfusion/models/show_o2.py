@@ -25,7 +25,7 @@ from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.flow_time import FlowTimeEmbedding
 from mlx_transfusion.models.layers import KeysValues, Mask
-from mlx_transfusion.models.llama import LanguageModel, text_mask
+from mlx_transfusion.models.llama import LanguageModel
 from mlx_transfusion.models.patches import patchify, unpatchify
 from mlx_transfusion.models.show_o2_config import ShowO2Config
 from mlx_transfusion.models.show_o2_head import FlowHead
@@ -86,7 +86,7 @@ class ShowO2(PictureFamily):
         """
         vectors = self.picture_vectors(x, t)
         new = np.ones(vectors.shape[:2], bool)
-        hidden, _ = self._run(vectors, _picture_mask(cache, new), cache)
+        hidden, _ = self._run(vectors, cache.picture_mask(new), cache)
         row, kinds, mask, back = _whole_rows(cache, hidden)
         times = mx.stack([self.time_embed(t), self.time_embed(mx.ones_like(t))], 1)
         states = self.flow_head(row, times, kinds, mask)
@@ -115,7 +115,7 @@ class ShowO2(PictureFamily):
         """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
         ids, lengths = np.asarray(ids), np.asarray(lengths)
         new = np.arange(ids.shape[1]) < lengths[:, None]
-        hidden, added = self._run(self.model.embed_tokens(mx.array(ids)), text_mask(cache, new), cache)
+        hidden, added = self._run(self.model.embed_tokens(mx.array(ids)), cache.text_mask(new), cache)
         _store(cache, hidden, added, np.zeros(ids.shape[1], int), new)
         return self.logits(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
 
@@ -189,7 +189,7 @@ class ShowO2(PictureFamily):
         """Read a picture's patches [B, N, P] at times t [B], as training does; its hidden states [B, 1 + N, D]."""
         vectors = self.picture_vectors(x0, t)
         new = np.ones(vectors.shape[:2], bool)
-        hidden, added = self._run(vectors, _picture_mask(cache, new), cache)
+        hidden, added = self._run(vectors, cache.picture_mask(new), cache)
         _store(cache, hidden, added, np.ones(vectors.shape[1], int), new)
         return hidden
 
@@ -200,12 +200,6 @@ class ShowO2(PictureFamily):
     @property
     def _dtype(self) -> mx.Dtype:
         return self.model.norm.weight.dtype
-
-
-def _picture_mask(cache: KVCache, new: np.ndarray) -> Mask:
-    """Every token of a picture sees all that is valid in the cache, and all of the picture."""
-    visible = cache.visible(new)
-    return None if visible.all() else mx.array(visible[:, None, None])
 
 
 def _store(

@@ -185,7 +185,7 @@ class Transfusion(PictureFamily):
         t = ids.shape[1]
         new = np.arange(t) < lengths[:, None]
         hidden = self._decode_tokens(
-            self, self.embed_tokens(mx.array(ids)), _text_mask(cache, new), cache, store=new
+            self, self.embed_tokens(mx.array(ids)), cache.text_mask(new), cache, store=new
         )
         last = hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
         return self.lm_head(last)
@@ -241,9 +241,7 @@ class Transfusion(PictureFamily):
     def _decode_image(self, part: Part, tokens: mx.array, cache: KVCache, store: bool) -> mx.array:
         """Hidden states of one picture's token vectors [B, N, D] behind the cache, and into it if `store`."""
         new = np.ones(tokens.shape[:2], bool)
-        visible = cache.visible(new)
-        mask = None if visible.all() else mx.array(visible[:, None, None])
-        return self._decode_tokens(part, tokens, mask, cache, new if store else None)
+        return self._decode_tokens(part, tokens, cache.picture_mask(new), cache, new if store else None)
 
     def _decode_tokens(
         self, part: Part, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None
@@ -284,18 +282,6 @@ def with_painter(model: Transfusion) -> Transfusion:
     # Copies: the same array cannot be trained in one place and be a constant of a compiled step in another.
     out.update({**weights, "angle_embedding": angle, "painter": tree_map(lambda w: w + 0, own)})
     return out
-
-
-def _text_mask(cache: KVCache, new: np.ndarray) -> Mask:
-    """Causal among the new tokens, everything valid in the cache; the cheap forms where they serve."""
-    t, s = new.shape[1], cache.valid.shape[1]
-    if new.all() and cache.valid.all():
-        return None if t == 1 else "causal"
-    causal = np.concatenate([np.ones((t, s), bool), np.tril(np.ones((t, t), bool))], 1)
-    mask = causal & cache.visible(new)[:, None]
-    # A padded query keeps itself: a row that sees nothing is undefined on some backends.
-    mask |= np.eye(t, s + t, s, dtype=bool)
-    return mx.array(mask[:, None])
 
 
 FAMILY = Family(ModelConfig, Transfusion)
