@@ -84,24 +84,46 @@ class _Batch:
         for row, content in zip(ids, self.rows, strict=True):
             row[: len(content.ids)] = content.ids
         logits, cache = self.loaded.model.prefill(ids, lengths)
+        if self.settings.temperature == 0 and self.settings.repetition_penalty == 1:
+            self._run_greedy(logits, cache)
+            return
+        while going := self._push_all(self._draw(logits)):
+            cache = self._keep(going, cache)
+            last = np.array([[row.ids[-1]] for row in self.rows], np.int32)
+            logits = self.loaded.model.extend_text(last, np.ones(len(self.rows), int), cache)
+
+    def _run_greedy(self, logits: mx.array, cache: KVCache) -> None:
+        """The likeliest tokens stay on the device, so the next step is under way before they are looked at."""
+        tokens = self._likeliest(logits)
         while True:
-            going = [i for i, token in enumerate(self._choose(logits)) if self._push(self.rows[i], token)]
+            following = self._likeliest(
+                self.loaded.model.extend_text(tokens[:, None], np.ones(len(self.rows), int), cache)  # type: ignore[arg-type]
+            )
+            mx.async_eval(following)
+            going = self._push_all(tokens.tolist())  # type: ignore[arg-type]
             if not going:
                 return
             if len(going) < len(self.rows):
-                self.rows, cache = [self.rows[i] for i in going], cache.select(going)
-            logits = self._extend(cache)
+                following = following[mx.array(going)]
+            cache = self._keep(going, cache)
+            tokens = following
 
-    def _extend(self, cache: KVCache) -> mx.array:
-        last = np.array([[row.ids[-1]] for row in self.rows], np.int32)
-        return self.loaded.model.extend_text(last, np.ones(len(self.rows), int), cache)
+    def _push_all(self, tokens: list[int]) -> list[int]:
+        """Add a token to each row; which rows go on."""
+        return [i for i, token in enumerate(tokens) if self._push(self.rows[i], token)]
 
-    def _choose(self, logits: mx.array) -> list[int]:
+    def _keep(self, going: list[int], cache: KVCache) -> KVCache:
+        if len(going) == len(self.rows):
+            return cache
+        self.rows = [self.rows[i] for i in going]
+        return cache.select(going)
+
+    def _likeliest(self, logits: mx.array) -> mx.array:
+        return mx.argmax(logits.astype(mx.float32) + self.mask, -1)
+
+    def _draw(self, logits: mx.array) -> list[int]:
         """The next token of every row, from logits [B, V]."""
         s = self.settings
-        logits = logits.astype(mx.float32)
-        if s.temperature == 0 and s.repetition_penalty == 1:
-            return mx.argmax(logits + self.mask, -1).tolist()  # type: ignore[return-value]
         return [
             sample_token(
                 line,
@@ -113,7 +135,7 @@ class _Batch:
                 banned=self.banned,
                 u=float(noise.uniform(self.seed + row.index, row.count, stream=TOKEN_STREAM)),
             )
-            for row, line in zip(self.rows, np.array(logits), strict=True)
+            for row, line in zip(self.rows, np.array(logits.astype(mx.float32)), strict=True)
         ]
 
     def _push(self, row: _Row, token: int) -> bool:

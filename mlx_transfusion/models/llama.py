@@ -188,7 +188,7 @@ class LanguageModel(Decoder):
         """Read tokens [B, T], right-padded to `lengths` [B], into `cache`; hidden states [B, D] of each last one."""
         ids, lengths = mx.array(ids), np.asarray(lengths)  # ids on the device are not waited for
         new = np.arange(ids.shape[1]) < lengths[:, None]
-        x = self.embed_tokens(mx.array(ids))
+        x = self.embed_tokens(ids)
         hidden, added = self.run(x, cache.text_mask(new), cache.offset(), cache.layers)
         cache.append(added, new)
         return hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
