@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def export(checkpoint: Path, target: Path, which: str = "average", tokenizer: st
             if name.startswith(f"{which}.") and not name.startswith(f"{which}.loss_weight.")
         }
     }
-    dcp.load(tree, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is wanted
+        dcp.load(tree, checkpoint_id=checkpoint, no_dist=True)
     special = {n: getattr(config, f"{n}_token_id") for n in ("pad", "bos", "eos", "unk", "boi", "eoi")}
     words = Tokenizer.load(
         tokenizer or record["config"]["training"]["tokenizer"], special=SpecialIds(**special)

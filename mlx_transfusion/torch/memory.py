@@ -125,7 +125,7 @@ def memory(
     gradients, outside = 4 * n.total / processes, 2 * n.embedding
     block = part.positions * item * block_numbers(c, fused) + _mask_bytes(part, item, 1)
     layers = c.num_hidden_layers
-    kept = layers * (part.positions * c.hidden_size * item if recompute else block)
+    kept: float = layers * (part.positions * c.hidden_size * item if recompute else block)
     kept += part.pictures * _picture_bytes(c, item) + part.positions * (
         3 * c.hidden_size * item + part.row_length
     )
