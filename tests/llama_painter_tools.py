@@ -15,7 +15,8 @@ from PIL import Image
 
 from mlx_transfusion.model_io import save_model, special_ids
 from mlx_transfusion.models.layers import Attention
-from mlx_transfusion.models.llama_painter import LlamaPainter, LowRankBlock
+from mlx_transfusion.models.llama_painter import LlamaPainter
+from mlx_transfusion.models.llama_painter_parts import LowRankBlock
 from mlx_transfusion.picture_side import PictureOptions, extend
 from mlx_transfusion.tokenizer import Tokenizer
 
