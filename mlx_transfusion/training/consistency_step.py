@@ -33,7 +33,7 @@ from mlx_transfusion.training.prefix_data import (
 )
 from mlx_transfusion.training.signals import Signals
 from mlx_transfusion.training.step import Step, Tree, cast, to_arrays
-from mlx_transfusion.training.tangents import method_of
+from mlx_transfusion.training.tangents import States, method_of
 
 TEACHER_SAMPLER = "dpmpp_2m"
 """How the teacher's pictures are painted that a student is compared with."""
@@ -226,7 +226,7 @@ class ConsistencyStep(Step):
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
         network = partial(self._model.paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
-        t = self._method.tangent(network, p.x, p.angle, cos_velocity, pace)
+        t = self._method.tangent(network, States(p.x, p.angle, cos_velocity), pace)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])

@@ -14,6 +14,17 @@ from mlx_transfusion import consistency, easy_consistency
 from mlx_transfusion.training.config import ConsistencyConfig
 
 
+class States(NamedTuple):
+    """M noisy pictures and the way they go."""
+
+    x: mx.array
+    """[M, ...]"""
+    angle: mx.array
+    """[M]"""
+    cos_velocity: mx.array
+    """cos(a) v, [M, ...]."""
+
+
 class Tangent(NamedTuple):
     """What a method says about M pictures, each [M, ...]."""
 
@@ -33,15 +44,8 @@ class Method(Protocol):
     def pace(self, step: int) -> float:
         """The number that changes over the run, at `step` (0-based)."""
 
-    def tangent(
-        self,
-        network: consistency.Network,
-        x: mx.array,
-        angle: mx.array,
-        cos_velocity: mx.array,
-        pace: mx.array,
-    ) -> Tangent:
-        """Direction of the states x [M, ...] at angles [M] along cos(a) v [M, ...]."""
+    def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
+        """Where the network's output at these states is to move."""
 
 
 class ContinuousTime:
@@ -54,17 +58,10 @@ class ContinuousTime:
         """The factor r of the tangent's unstable part, which rises to 1."""
         return consistency.tangent_warmup(step, self._settings.tangent_warmup)
 
-    def tangent(
-        self,
-        network: consistency.Network,
-        x: mx.array,
-        angle: mx.array,
-        cos_velocity: mx.array,
-        pace: mx.array,
-    ) -> Tangent:
+    def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """g = cos(a) df/da."""
-        value = consistency.value_and_derivative(network, x, angle, cos_velocity)
-        raw = consistency.tangent(value, x, angle, cos_velocity, pace)
+        value = consistency.value_and_derivative(network, *at)
+        raw = consistency.tangent(value, *at, pace)
         rescaled = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
         return Tangent(value.network, raw, rescaled, value.derivative)
 
@@ -81,23 +78,16 @@ class EasyTuning:
             step, self._steps, self._settings.gap_stages, self._settings.gap_factor
         )
 
-    def tangent(
-        self,
-        network: consistency.Network,
-        x: mx.array,
-        angle: mx.array,
-        cos_velocity: mx.array,
-        pace: mx.array,
-    ) -> Tangent:
+    def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """d, the difference of f between both points in units of F and of the gap."""
-        gap = easy_consistency.relative_gap(angle, pace)
-        point = easy_consistency.earlier(x, angle, cos_velocity, gap)
-        here = network(x, angle)
+        gap = easy_consistency.relative_gap(at.angle, pace)
+        point = easy_consistency.earlier(*at, gap)
+        here = network(at.x, at.angle)
         # The same weights as `here`, but a constant with all that it read, the prefix too.
         there = mx.stop_gradient(network(point.x, point.angle))
-        raw = easy_consistency.tangent(here, there, x, angle, cos_velocity, gap, point)
+        raw = easy_consistency.tangent(here, there, *at, gap, point)
         rescaled = easy_consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
-        quotient = mx.stop_gradient(here - there) / gap.reshape(-1, *[1] * (x.ndim - 1))
+        quotient = mx.stop_gradient(here - there) / gap.reshape(-1, *[1] * (at.x.ndim - 1))
         return Tangent(here, raw, rescaled, quotient)
 
 
