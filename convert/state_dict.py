@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_files import read_json
-from mlx_transfusion.model_io import EXTRA_KEYS, build, flat_parameters
+from mlx_transfusion.model_files import EXTRA_KEYS, read_json
+from mlx_transfusion.model_io import build, flat_parameters
 from mlx_transfusion.model_path import CONFIG_FILE
 from mlx_transfusion.quantization import quantize_like
 

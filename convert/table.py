@@ -258,7 +258,7 @@ class Plan:
     quantization: Mapping[str, Any] | None = None
     """config.json's table "quantization" where the checkpoint's matrices are quantised already (packed entries)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further tables of config.json, of model_io.EXTRA_KEYS."""
+    """Further tables of config.json, of model_files.EXTRA_KEYS."""
     model: nn.Module | None = None
     """What is filled, where `model_type` is none of model_io's families (a part, as an autoencoder)."""
 

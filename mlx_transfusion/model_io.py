@@ -27,6 +27,7 @@ from mlx_transfusion import lora
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import (
+    EXTRA_KEYS,
     check_shapes,
     read_json,
     read_safetensors,
@@ -41,11 +42,6 @@ from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
-EXTRA_KEYS = ("training", "objective", "generation", "quantization", "quantization_config")
-"""Tables that config.json may hold besides the model's own fields: how it was trained, which loss it was
-distilled with, how it paints unless told otherwise, and {"group_size", "bits"} of quantised weights (the last is a
-copy for the hub)."""
-
 FAMILIES = {
     "bagel": "bagel",
     "janusflow": "janusflow",

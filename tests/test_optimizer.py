@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.training.config import OptimizerConfig
-from mlx_transfusion.training.optimizer import ema_decay, ema_update, make_optimizer, set_learning_rate
-from mlx_transfusion.training.schedule import learning_rate_factor
+from mlx_transfusion.training.optimizer import ema_update, make_optimizer, set_learning_rate
+from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
 
 
 def flat(tree: Any) -> dict[str, mx.array]:

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from mlx_transfusion.autoencoder.preview import Preview
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_files import read_json, read_safetensors, write_json, write_safetensors
-from mlx_transfusion.model_io import EXTRA_KEYS, check_weights, flat_parameters, read_weights, weight_files
+from mlx_transfusion.model_files import EXTRA_KEYS, read_json, read_safetensors, write_json, write_safetensors
+from mlx_transfusion.model_io import check_weights, flat_parameters, read_weights, weight_files
 from mlx_transfusion.model_path import CONFIG_FILE
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.autoencoder_config import MODEL_TYPE

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_transfusion import noise
 from mlx_transfusion.autoencoder.config import AutoencoderTraining
@@ -36,9 +36,9 @@ from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
-from mlx_transfusion.training.optimizer import ema_decay
 from mlx_transfusion.training.progress import Progress
-from mlx_transfusion.training.schedule import learning_rate_factor
+from mlx_transfusion.training.same_run import check_same_run
+from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
 
 START_LOGVAR = -6.0
 
@@ -92,7 +92,9 @@ class Trainer:
         found = ckpt.checkpoints(self.output / "checkpoints")
         if not found:
             return False
-        _check_same_run(ckpt.read_record(found[-1])["config"], self.config, found[-1])
+        record = ckpt.read_record(found[-1])["config"]
+        then = from_dict(AutoencoderTraining, record, f"{found[-1]}: the training config in it")
+        check_same_run(then.to_dict(), self.config.to_dict(), found[-1], _MAY_CHANGE)
         self.state = ckpt.load_checkpoint(found[-1], self.optimizers)  # type: ignore[arg-type]  # has a state
         self.model.update(self.state.weights[AUTOENCODER])
         self.step = self._new_step()  # compiled over the restored state
@@ -256,14 +258,3 @@ _MAY_CHANGE = re.compile(
     r"|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*|data\.train\.\d+\.(rows|images)"
 )
 """Keys that may differ on resume without changing what is learned (files may have moved)."""
-
-
-def _check_same_run(recorded: dict[str, Any], wanted: AutoencoderTraining, path: Path) -> None:
-    then = from_dict(AutoencoderTraining, recorded, f"{path}: the training config in it")
-    old, new = dict(tree_flatten(then.to_dict())), dict(tree_flatten(wanted.to_dict()))
-    for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
-            raise UserError(
-                f"{path}: was trained with {key} = {old.get(key)}, the config says {new.get(key)}; "
-                "use the same config or another output folder"
-            )

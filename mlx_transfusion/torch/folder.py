@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_files import check_shapes, read_json, write_json
+from mlx_transfusion.model_files import EXTRA_KEYS, check_shapes, read_json, write_json
 from mlx_transfusion.model_path import CONFIG_FILE, is_adapter, resolve
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.torch.initial import put
@@ -25,8 +25,6 @@ from mlx_transfusion.torch.model import Transfusion
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
-EXTRA_KEYS = ("training", "objective", "quantization", "quantization_config")
-"""Tables of config.json besides the model's own fields, as in `model_io.py`, which this module cannot import."""
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -68,8 +68,3 @@ class Average:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def ema_decay(step: int, decay: float) -> float:
-    """Decay at `step`: it starts low, so that the random first weights are forgotten (`training/optimizer.py`)."""
-    return min(decay, (1 + step) / (10 + step))

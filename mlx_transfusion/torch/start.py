@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from mlx_transfusion.config import ModelConfig, from_dict
+from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_path import resolve
 from mlx_transfusion.tokenizer import Tokenizer
@@ -21,13 +19,6 @@ from mlx_transfusion.training.config import TrainConfig, model_config
 
 MODEL = "model_config"
 """Where the record of a checkpoint keeps the model's own fields beside those of the training config."""
-
-_MAY_CHANGE = re.compile(
-    r"output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|accumulate|compile"
-    r"|gradient_checkpointing|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*"
-    r"|data\.train\.\d+\.(rows|images)"
-)
-"""Keys that may differ on resume without changing what is learned: the rule of `training/trainer.py`."""
 
 
 def new_model(
@@ -77,26 +68,3 @@ def model_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def run_config(config: TrainConfig, shape: ModelConfig, extra: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint records of its run; extra: tables for the config.json of an export."""
     return {"training": config.to_dict(), MODEL: shape.to_dict(), "extra": extra}
-
-
-def check_same_run(recorded: dict[str, Any], wanted: TrainConfig, path: Path) -> None:
-    """Raises UserError that names the first key that makes it another run."""
-    then = from_dict(TrainConfig, recorded["training"], f"{path}: the training config in it")
-    old, new = flat(then.to_dict()), flat(wanted.to_dict())
-    for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
-            raise UserError(
-                f"{path}: was trained with {key} = {old.get(key)}, the config says {new.get(key)}; "
-                "use the same config or another output folder"
-            )
-
-
-def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one dict of dotted keys."""
-    if not isinstance(data, (dict, list, tuple)):
-        return {prefix: data}
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    out: dict[str, Any] = {}
-    for key, value in items:
-        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return out

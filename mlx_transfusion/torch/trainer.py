@@ -21,19 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.torch import checkpoint as ckpt
-from mlx_transfusion.torch.optimizer import Average, clip, ema_decay, local, make_optimizer, set_updates
+from mlx_transfusion.torch.optimizer import Average, clip, local, make_optimizer, set_updates
 from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, synchronise
-from mlx_transfusion.torch.start import check_same_run, new_model, run_config
+from mlx_transfusion.torch.start import new_model, run_config
 from mlx_transfusion.torch.step import Step
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.progress import Progress as Bar
-from mlx_transfusion.training.schedule import learning_rate_factor
+from mlx_transfusion.training.same_run import check_same_run
+from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class Trainer:
         if found is None:
             return False
         path, record = found
-        check_same_run(record["config"], self.config, path)
+        recorded = record["config"]["training"]
+        then = from_dict(TrainConfig, recorded, f"{path}: the training config in it")
+        check_same_run(then.to_dict(), self.config.to_dict(), path)
         ckpt.restore(path, ckpt.training_state(self.trained, self.optimizer, self.average))
         self.progress = ckpt.Progress(record["step"], record["updates"], record["skipped"])
         set_updates(self.optimizer, self.progress.updates)

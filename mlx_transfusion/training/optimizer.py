@@ -51,8 +51,3 @@ def set_learning_rate(optimizer: optim.Optimizer, config: OptimizerConfig, facto
 def ema_update(average: Tree, weights: Tree, decay: mx.array) -> Tree:
     """average <- decay * average + (1 - decay) * weights, leaf by leaf."""
     return tree_map(lambda a, w: a + (1 - decay) * (w - a), average, weights)
-
-
-def ema_decay(step: int, decay: float) -> float:
-    """Decay at `step`: it starts low, so that the random first weights are forgotten ((1 + n) / (10 + n))."""
-    return min(decay, (1 + step) / (10 + step))

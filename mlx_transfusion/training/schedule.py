@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""What changes with the step: the learning rate, and how long the average of the weights remembers. No mlx."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
     done = (step - config.warmup) / max(1, steps - 1 - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.final_fraction + (1 - config.final_fraction) * cosine
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Decay at `step`: it starts low, so that the random first weights are forgotten ((1 + n) / (10 + n))."""
+    return min(decay, (1 + step) / (10 + step))

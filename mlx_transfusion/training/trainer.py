@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -35,11 +34,12 @@ from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
-from mlx_transfusion.training.optimizer import ema_decay, make_optimizer, set_learning_rate
+from mlx_transfusion.training.optimizer import make_optimizer, set_learning_rate
 from mlx_transfusion.training.painter_data import PainterData
 from mlx_transfusion.training.painter_step import PainterStep, painting_start
 from mlx_transfusion.training.progress import Progress
-from mlx_transfusion.training.schedule import learning_rate_factor
+from mlx_transfusion.training.same_run import check_same_run
+from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
 from mlx_transfusion.training.signals import Watch
 from mlx_transfusion.training.step import Step
 
@@ -132,7 +132,9 @@ class Trainer:
         if not found:
             return False
         record = ckpt.read_record(found[-1])
-        _check_same_run(record["config"], self.config, found[-1])
+        # A key that the record of an older version lacks counts as its default: what the run did then.
+        then = from_dict(TrainConfig, record["config"], f"{found[-1]}: the training config in it")
+        check_same_run(then.to_dict(), self.config.to_dict(), found[-1])
         state = ckpt.load_checkpoint(found[-1], self.optimizer, self.step.read_averaged)
         self.model.update(state.ema)  # with a painter this is more than what is trained
         trained = self.step.model_weights(state.weights)
@@ -442,26 +444,3 @@ def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, An
     if c.guidance_range is not None:
         table["guidance_range"] = list(c.guidance_range)
     return {"objective": table}
-
-
-_MAY_CHANGE = re.compile(
-    r"(output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|accumulate|compile"
-    r"|gradient_checkpointing)|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*"
-    r"|data\.train\.\d+\.(rows|images)"
-)
-"""Keys that may differ on resume without changing what is learned (files may have moved)."""
-
-
-def _check_same_run(recorded: dict[str, Any], wanted: TrainConfig, path: Path) -> None:
-    """Raises UserError that names the first key, e.g. `optimizer.learning_rate`, that makes it another run.
-
-    A key that the record of an older version lacks counts as its default: what the run did before there was a choice.
-    """
-    then = from_dict(TrainConfig, recorded, f"{path}: the training config in it")
-    old, new = dict(tree_flatten(then.to_dict())), dict(tree_flatten(wanted.to_dict()))
-    for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key) and not _MAY_CHANGE.fullmatch(key):
-            raise UserError(
-                f"{path}: was trained with {key} = {old.get(key)}, the config says {new.get(key)}; "
-                "use the same config or another output folder"
-            )
