@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from converted_tools import assert_close, convert_in_memory
 from mlx.utils import tree_flatten
 
 from mlx_transfusion import sampling, trigflow
@@ -23,10 +23,8 @@ from mlx_transfusion.painting import prefill
 
 try:
     from mlx_transfusion.convert import bagel as convert
-    from mlx_transfusion.convert import sources, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
     from convert import bagel as convert
-    from convert import sources, table
 
 FOLDER = Path(__file__).parent / "fixtures" / "bagel"
 STATES, SAMPLES = 1e-4, 5e-4
@@ -46,13 +44,7 @@ class Golden(NamedTuple):
 
 def load_golden(**fields: int) -> Bagel:
     """The converted model, with other sizes of pictures."""
-    plan = convert.plan(sources.Source(FOLDER))
-    config = BagelConfig.from_dict(json.loads(json.dumps(plan.config)) | fields)
-    model = Bagel(config)
-    tensors = {key + name: part.read(name) for key, part in plan.parts.items() for name in part.tensors}
-    model.load_weights(list(table.forward(plan.entries, tensors).items()))
-    model.eval()
-    return model
+    return convert_in_memory(convert, FOLDER, BagelConfig, Bagel, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +52,6 @@ def golden() -> Golden:
     """Its pictures have the size of the golden's text to image."""
     model = load_golden(image_height=40, image_width=24, input_height=24, input_width=16)
     return Golden(model, mx.load(str(FOLDER / "io.safetensors")))
-
-
-def assert_close(ours: mx.array, theirs: mx.array, tolerance: float = STATES) -> None:
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=tolerance)
 
 
 def pixels(x: mx.array) -> mx.array:

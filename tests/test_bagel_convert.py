@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
+from converted_tools import Cli, assert_paints, assert_refused, byte_tokenizer, convert_by_verb, dry_runs
 from PIL import Image
-from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_transfusion import generate_images
-from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.interleave import complete, describe
 from mlx_transfusion.model_io import flat_parameters, load
@@ -37,22 +34,14 @@ try:
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
     from convert import autoencoder, bagel, bagel_config, sources, synthetic, table  # type: ignore[no-redef]
 
-Cli = Callable[..., Any]
 FIXTURE = Path(__file__).parent / "fixtures" / "bagel"
 BOS, EOS, BOI, EOI = 151, 152, 153, 154
 
 
 def tokenizer() -> tokenizers.Tokenizer:
     """Bytes of ASCII as tokens, and the structural tokens where the golden has them."""
-    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {chr(i) for i in range(256, 512)})
-    vocab = {"\u0120": 0, "\u010a": 1} | {letter: 2 + i for i, letter in enumerate(letters[: BOS - 2])}
-    vocab |= {f"<{i}>": i for i in range(len(vocab), BOS)}
     special = dict(zip(bagel_config.TOKENS.values(), (BOS, EOS, BOI, EOI), strict=True))
-    out = tokenizers.Tokenizer(models.BPE(vocab=vocab | special, merges=[]))
-    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    out.decoder = decoders.ByteLevel()
-    out.add_special_tokens(list(special))
-    return out
+    return byte_tokenizer(special, BOS, BOS)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +62,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory, official: Path) -> Path:
     """What the verb `convert` made of it, set to small pictures."""
-    out = tmp_path_factory.mktemp("models") / "bagel"
-    with pytest.raises(SystemExit) as done:
-        main(["convert", str(official), "--output", str(out)])
-    assert done.value.code == 0
+    out = convert_by_verb(official, tmp_path_factory.mktemp("models") / "bagel")
     file = out / "config.json"
     config = json.loads(file.read_text())
     sizes = {"image_height": 24, "image_width": 32, "input_height": 12, "input_width": 20}
@@ -158,12 +144,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dry_run_of_the_published_size(cli: Cli, published: Path) -> None:
     assert round((published / bagel.WEIGHTS).stat().st_size / 1e9, 2) == 29.21
-    facts = {}
-    for bits in ("whole", "4"):
-        flags = [] if bits == "whole" else ["--quantize", bits]
-        result = cli("convert", published, "--dry-run", "--json", *flags)
-        assert result.code == 0, result.err
-        facts[bits] = json.loads(result.out)
+    facts = dry_runs(cli, published)
     assert facts["whole"]["tensors"] == {"in the checkpoint": 1467, "used": 1467, "unused": {}}
     assert facts["whole"]["parameters"] == pytest.approx(14.69e9, rel=1e-3)
     assert facts["4"]["weights"] == pytest.approx(8.94e9, rel=0.01)
@@ -199,13 +180,7 @@ def test_without_a_file_of_sizes_the_published_ones_hold(tmp_path: Path, officia
     ],
 )
 def test_bad_configs(cli: Cli, tmp_path: Path, official: Path, file: str, change: dict, said: str) -> None:
-    folder = tmp_path / "hub"
-    shutil.copytree(official, folder)
-    data = json.loads((folder / file).read_text()) | change
-    (folder / file).write_text(json.dumps(data))
-    result = cli("convert", folder, "--output", tmp_path / "out")
-    assert (result.code, said in result.err) == (2, True), result.err
-    assert not (tmp_path / "out").exists()
+    assert_refused(cli, official, tmp_path, file, change, said)
 
 
 def test_missing_parts(tmp_path: Path, official: Path) -> None:
@@ -230,19 +205,10 @@ def test_it_paints_as_its_authors_do(converted: Path) -> None:
 
 
 def test_it_paints(converted: Path) -> None:
-    """A picture depends on its prompt and its seed, and not on what is painted beside it."""
     loaded = load(converted)
-    settings = GenerationSettings(steps=3, guidance=2.0, batch_size=4)
-    one, other, again = generate_images(loaded, ["red cat", "a dog", "red cat"], [1, 1, 2], settings)
-    assert one.pixels.shape == (24, 32, 3)
-    alone = generate_images(loaded, "red cat", 1, settings)[0]
-    assert np.abs(one.pixels.astype(int) - alone.pixels).max() <= 1
-    for different in (other, again):
-        assert np.abs(one.pixels.astype(int) - different.pixels).max() > 3
+    alone = assert_paints(loaded, (24, 32), difference=3)
     guided = GenerationSettings(steps=3, guidance=2.0, negative_prompt="a dog")
-    assert (
-        np.abs(generate_images(loaded, "red cat", 1, guided)[0].pixels.astype(int) - alone.pixels).max() > 1
-    )
+    assert np.abs(generate_images(loaded, "red cat", 1, guided)[0].pixels.astype(int) - alone).max() > 1
 
 
 def test_the_verbs(cli: Cli, converted: Path, tmp_path: Path) -> None:

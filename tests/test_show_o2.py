@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from converted_tools import assert_close, convert_in_memory
 from mlx.utils import tree_flatten
 
 from mlx_transfusion import sampling, trigflow
@@ -23,10 +23,8 @@ from mlx_transfusion.painting import prefill
 
 try:
     from mlx_transfusion.convert import show_o2 as convert
-    from mlx_transfusion.convert import sources, table
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
     from convert import show_o2 as convert
-    from convert import sources, table
 
 FOLDER = Path(__file__).parent / "fixtures" / "show-o2"
 STATES, GUIDED, SAMPLES = 1e-4, 3e-4, 5e-4
@@ -44,22 +42,12 @@ class Golden(NamedTuple):
 
 def load_golden(**fields: int) -> ShowO2:
     """The converted model, with another grid if need be."""
-    plan = convert.plan(sources.Source(FOLDER))
-    config = ShowO2Config.from_dict(json.loads(json.dumps(plan.config)) | fields)
-    model = ShowO2(config)
-    tensors = {key + name: part.read(name) for key, part in plan.parts.items() for name in part.tensors}
-    model.load_weights(list(table.forward(plan.entries, tensors).items()))
-    model.eval()
-    return model
+    return convert_in_memory(convert, FOLDER, ShowO2Config, ShowO2, **fields)
 
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
     return Golden(load_golden(), mx.load(str(FOLDER / "io.safetensors")))
-
-
-def assert_close(ours: mx.array, theirs: mx.array, tolerance: float = STATES) -> None:
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=tolerance)
 
 
 def to_patches(latents: mx.array) -> mx.array:

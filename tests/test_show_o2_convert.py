@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
+from converted_tools import Cli, assert_paints, assert_refused, byte_tokenizer, convert_by_verb, dry_runs
 from PIL import Image
-from tokenizers import decoders, models, pre_tokenizers
 
-from mlx_transfusion import generate_images
-from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.interleave import complete
 from mlx_transfusion.model_io import flat_parameters, load
@@ -33,23 +29,13 @@ try:
 except ModuleNotFoundError:  # only the tree is on the path, the package is not installed
     from convert import show_o2, show_o2_config, sources, synthetic, table, wan_vae  # type: ignore[no-redef]
 
-Cli = Callable[..., Any]
 FIXTURE = Path(__file__).parent / "fixtures" / "show-o2"
 IDS: dict[str, int] = json.loads((FIXTURE / "inference_config.json").read_text())["token_ids"]
 
 
 def tokenizer() -> tokenizers.Tokenizer:
     """Bytes of ASCII as tokens, and the structural tokens where the golden has them."""
-    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {chr(i) for i in range(256, 512)})
-    special = {show_o2_config.TOKENS[key]: i for key, i in IDS.items()}
-    vocab = {"\u0120": 0, "\u010a": 1} | {letter: 2 + i for i, letter in enumerate(letters[:158])}
-    taken = {*vocab.values(), *special.values()}
-    vocab |= {f"<{i}>": i for i in range(176) if i not in taken}
-    out = tokenizers.Tokenizer(models.BPE(vocab=vocab | special, merges=[]))
-    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    out.decoder = decoders.ByteLevel()
-    out.add_special_tokens(list(special))
-    return out
+    return byte_tokenizer({show_o2_config.TOKENS[key]: i for key, i in IDS.items()}, 160, 176)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +50,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory, official: Path) -> Path:
     """What the verb `convert` made of it."""
-    out = tmp_path_factory.mktemp("models") / "show-o2"
-    with pytest.raises(SystemExit) as done:
-        main(["convert", str(official), "--output", str(out)])
-    assert done.value.code == 0
-    return out
+    return convert_by_verb(official, tmp_path_factory.mktemp("models") / "show-o2")
 
 
 # ---- the table ----
@@ -135,12 +117,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_dry_run_of_the_published_size(cli: Cli, published: Path) -> None:
-    facts = {}
-    for bits in ("whole", "4"):
-        flags = [] if bits == "whole" else ["--quantize", bits]
-        result = cli("convert", published / "model.safetensors", "--dry-run", "--json", *flags)
-        assert result.code == 0, result.err
-        facts[bits] = json.loads(result.out)
+    facts = dry_runs(cli, published / "model.safetensors")
     counts = facts["whole"]["tensors"]
     assert counts["unused"] == {wan_vae.FILMS: 8}
     assert counts["used"] + 8 == counts["in the checkpoint"] == 1103
@@ -193,13 +170,7 @@ def test_models_that_config_json_names_are_known(tmp_path: Path, official: Path)
     ],
 )
 def test_bad_configs(cli: Cli, tmp_path: Path, official: Path, file: str, change: dict, said: str) -> None:
-    folder = tmp_path / "hub"
-    shutil.copytree(official, folder)
-    data = json.loads((folder / file).read_text()) | change
-    (folder / file).write_text(json.dumps(data))
-    result = cli("convert", folder, "--output", tmp_path / "out")
-    assert (result.code, said in result.err) == (2, True), result.err
-    assert not (tmp_path / "out").exists()
+    assert_refused(cli, official, tmp_path, file, change, said)
 
 
 def test_missing_parts(tmp_path: Path, official: Path) -> None:
@@ -226,15 +197,7 @@ def test_it_paints_as_its_authors_do(converted: Path) -> None:
 
 
 def test_it_paints(converted: Path) -> None:
-    """A picture depends on its prompt and its seed, and not on what is painted beside it."""
-    loaded = load(converted)
-    settings = GenerationSettings(steps=3, guidance=2.0, batch_size=4)
-    one, other, again = generate_images(loaded, ["red cat", "a dog", "red cat"], [1, 1, 2], settings)
-    assert one.pixels.shape == (64, 64, 3)
-    alone = generate_images(loaded, "red cat", 1, settings)[0]
-    assert np.abs(one.pixels.astype(int) - alone.pixels).max() <= 1
-    for different in (other, again):
-        assert np.abs(one.pixels.astype(int) - different.pixels).max() > 1
+    assert_paints(load(converted), (64, 64), difference=1)
 
 
 def test_the_verbs(cli: Cli, converted: Path, tmp_path: Path) -> None:
