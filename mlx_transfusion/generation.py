@@ -3,6 +3,7 @@
 >>> # loaded = load(); image = generate_images(loaded, "red heart", seeds=1)[0]; image.save("heart.png")
 """
 
+from mlx_transfusion.batched_text import Written, write_batch
 from mlx_transfusion.events import Event, Finished, GeneratedImage, Painted, Step, Token
 from mlx_transfusion.interleave import complete, describe
 from mlx_transfusion.painting import paint
@@ -18,9 +19,11 @@ __all__ = [
     "Painted",
     "Step",
     "Token",
+    "Written",
     "complete",
     "describe",
     "generate_images",
     "iter_images",
     "paint",
+    "write_batch",
 ]

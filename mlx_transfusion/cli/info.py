@@ -97,22 +97,21 @@ def stored_model_facts(name: str) -> dict[str, Any]:
     config, extra = read_config(path)
     size = sum(file.stat().st_size for file in weight_files(path))
     objective = read_objective(extra, display_name(name, path))
-    facts = {
-        "model": display_name(name, path),
-        "objective": extra.get("objective", {"name": objective.name}),
-        "path": str(path),
-        "weights on disk": _memory(size),
-    }
     more = model_facts(config)
     total = more["parameters"]["total"]
-    needed = {
+    facts: dict[str, Any] = {"model": display_name(name, path)}
+    if "picture" in more:
+        facts["objective"] = extra.get("objective", {"name": objective.name})
+    facts |= {
+        "path": str(path),
+        "weights on disk": _memory(size),
         "bits a weight on disk": round(8 * size / total, 2),
         "memory for generation": {
             "weights as stored": _memory(size + cache_bytes(config, 2)),
             "float32 (on a CPU)": _memory(4 * total + cache_bytes(config, 4)),
         },
     }
-    return facts | needed | more | extra
+    return facts | more | extra
 
 
 def installation_facts() -> dict[str, Any]:
