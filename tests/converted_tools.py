@@ -13,11 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
+from mlx.utils import tree_flatten
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_transfusion import generate_images
 from mlx_transfusion.cli import main
 from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.settings import GenerationSettings
 
 try:
@@ -43,6 +45,33 @@ def convert_in_memory(
 
 def assert_close(ours: mx.array, theirs: mx.array, tolerance: float = 1e-4) -> None:
     np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=tolerance)
+
+
+def assert_forward_mode(model: Any, x: mx.array, cache: KVCache, *names: str) -> None:
+    """The derivative of the velocity along (x, angle) is that of central differences; its gradient exists.
+
+    names: weights whose gradient is not zero.
+    """
+    dx = mx.random.normal(x.shape, key=mx.random.key(1))
+    angle, da = mx.array([0.8]), mx.array([1.0])
+
+    def f(x: mx.array, a: mx.array) -> mx.array:
+        return model.velocity(x, a, cache)
+
+    _, (tangent,) = mx.jvp(f, [x, angle], [dx, da])
+    h = 2e-3
+    differences = (f(x + h * dx, angle + h * da) - f(x - h * dx, angle - h * da)) / (2 * h)
+    assert float(mx.abs(tangent - differences).max()) < 5e-3 * float(mx.abs(differences).max())
+
+    def through(weights: dict) -> mx.array:
+        model.update(weights)
+        return mx.square(mx.jvp(f, [x, angle], [dx, da])[1][0]).sum()
+
+    weights = model.trainable_parameters()
+    gradient = dict(tree_flatten(mx.grad(through)(weights)))
+    model.update(weights)
+    for name in names:
+        assert float(mx.abs(gradient[name]).max()) > 0
 
 
 def byte_tokenizer(special: dict[str, int], letters: int, size: int) -> tokenizers.Tokenizer:

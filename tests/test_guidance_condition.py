@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from full_forward import Double
 from mlx.utils import tree_flatten
-from tiny_training import write_run
+from tiny_training import MakeConfig, state, write_run
 
 from mlx_transfusion import consistency, noise, trigflow
 from mlx_transfusion.config import ModelConfig
@@ -54,7 +54,6 @@ STUDENT = {"objective": OBJECTIVE}
 UNET = {"patch_encoder": "unet", "unet_channels": 8, "unet_blocks": 1}
 LAYER = "angle_embedding.guidance"
 LENGTHS = mx.array([3, 2, 3])
-MakeConfig = Callable[..., TrainConfig]
 MakeModel = Callable[..., Transfusion]
 students = pytest.mark.parametrize("student", ["full", "painter"])
 
@@ -90,14 +89,6 @@ def conditioned(
     """A random model that is told the scale, of each kind."""
     change: dict[str, Any] = {"linear": {}, "unet": UNET, "painter": {"painter": True}}[request.param]
     return make_model(dataclasses.replace(tiny_config, guidance_condition=True, **change))
-
-
-def state(checkpoint: Path) -> dict[str, np.ndarray]:
-    return {
-        f"{file.name}:{name}": np.array(value)
-        for file in sorted(checkpoint.glob("*.safetensors"))
-        for name, value in mx.load(str(file)).items()
-    }
 
 
 def names(model: Transfusion) -> set[str]:
