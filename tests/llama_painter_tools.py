@@ -12,6 +12,7 @@ import tokenizers
 from llama_tools import VOCAB, config, random_llama, tokenizer, write_tokenizer
 from mlx.utils import tree_map_with_path
 from PIL import Image
+from tiny_training import top
 
 from mlx_transfusion.model_io import save_model, special_ids
 from mlx_transfusion.models.layers import Attention
@@ -22,16 +23,7 @@ from mlx_transfusion.tokenizer import Tokenizer
 
 SPARE = ["<|spare_0|>", "<|spare_1|>"]
 OPTIONS: dict[str, Any] = {"image_size": 8, "patch_size": 4, "image_std": 0.5}
-TOML = """\
-tokenizer = "paints"
-init = "paints"
-steps = 6
-batch_size = 6
-sequence_length = 128
-log_every = 1
-save_every = 3
-ema = 0.5
-
+TABLES = """
 [data]
 caption_first = 1.0
 caption_drop = 0.2
@@ -48,6 +40,7 @@ rows = "words.jsonl"
 learning_rate = 1e-2
 warmup = 1
 """
+TOML = top(tokenizer="paints", init="paints", sequence_length=128, save_every=3, ema=0.5) + TABLES
 
 
 def write_llama(folder: Path, **changes: Any) -> Path:
