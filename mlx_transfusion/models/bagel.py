@@ -28,7 +28,7 @@ from mlx_transfusion.models.bagel_layers import BagelDecoder
 from mlx_transfusion.models.bagel_vision import BagelVision, Connector
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
-from mlx_transfusion.models.flow_time import FlowTimeEmbedding
+from mlx_transfusion.models.flow_time import FlowTimeEmbedding, flow_velocity
 from mlx_transfusion.models.patches import patchify, unpatchify
 
 
@@ -139,11 +139,7 @@ class Bagel(PictureFamily):
         self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
     ) -> mx.array:
         """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
-        per_image = angle[:, None, None]
-        t = trigflow.flow_time_from_angle(per_image)
-        state = x / (mx.sin(per_image) + mx.cos(per_image))
-        u = self.flow(state, t[:, 0, 0], cache)
-        return trigflow.flow_to_trigflow(state, u, t)[1]
+        return flow_velocity(x, angle, lambda state, t: self.flow(state, t, cache))
 
     def guided(
         self,

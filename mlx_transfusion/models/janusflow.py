@@ -19,12 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.convnext import PictureDecoder, PictureEncoder
 from mlx_transfusion.models.family import Family, PictureFamily
+from mlx_transfusion.models.flow_time import flow_velocity
 from mlx_transfusion.models.janusflow_config import JanusFlowConfig
 from mlx_transfusion.models.llama import Llama
 from mlx_transfusion.models.patches import patchify, unpatchify
@@ -147,13 +147,12 @@ class JanusFlow(PictureFamily):
     ) -> mx.array:
         """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
         c = self.config.painting
-        per_image = angle[:, None, None]
-        noise_share = trigflow.flow_time_from_angle(per_image)
-        state = x / (mx.sin(per_image) + mx.cos(per_image))
-        z = unpatchify(state, c.latent_size, c.latent_size, c.patch_size)
-        flow = self.flow(z, 1 - noise_share[:, 0, 0], cache)
-        u = -patchify(flow, c.patch_size)  # the flow runs to the data, TrigFlow to the noise
-        return trigflow.flow_to_trigflow(state, u, noise_share)[1]
+
+        def network(state: mx.array, share: mx.array) -> mx.array:
+            z = unpatchify(state, c.latent_size, c.latent_size, c.patch_size)
+            return -patchify(self.flow(z, 1 - share, cache), c.patch_size)  # to the noise, as TrigFlow
+
+        return flow_velocity(x, angle, network)
 
     def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
         """Read begin, features and end of a picture [B, S, S, 3] in [0, 1]; returns the logits [B, V] after it."""

@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_transfusion import trigflow
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
+from mlx_transfusion.models.flow_time import flow_velocity
 from mlx_transfusion.models.layers import KeysValues
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig
 from mlx_transfusion.models.lucidrains_layers import Layer, Modality, TimeEmbedding, UnitNorm
@@ -195,12 +195,8 @@ class Lucidrains(PictureFamily):
         self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
     ) -> mx.array:
         """TrigFlow velocity [B, N, C] of noisy latents [B, N, C] at angles [B], seen after the frozen cache."""
-        per_image = angle[:, None, None]
-        noise_share = trigflow.flow_time_from_angle(per_image)
-        state = x / (mx.sin(per_image) + mx.cos(per_image))
-        flow = self.flow(state, 1 - noise_share[:, 0, 0], cache, self.config.painted)
         # The network's flow runs to the data, TrigFlow to the noise.
-        return trigflow.flow_to_trigflow(state, -flow, noise_share)[1]
+        return flow_velocity(x, angle, lambda state, s: -self.flow(state, 1 - s, cache, self.config.painted))
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read the finished picture [B, N, C] at time 1, as the package reads pictures of the past."""

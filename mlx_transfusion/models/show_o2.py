@@ -19,11 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
-from mlx_transfusion.models.flow_time import FlowTimeEmbedding
+from mlx_transfusion.models.flow_time import FlowTimeEmbedding, flow_velocity
 from mlx_transfusion.models.layers import KeysValues, Mask
 from mlx_transfusion.models.llama import LanguageModel
 from mlx_transfusion.models.patches import patchify, unpatchify
@@ -123,13 +122,8 @@ class ShowO2(PictureFamily):
         self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
     ) -> mx.array:
         """TrigFlow velocity [B, N, P] of noisy patches [B, N, P] at angles [B], seen after the frozen cache."""
-        per_image = angle[:, None, None]
-        noise_share = trigflow.flow_time_from_angle(per_image)
-        state = x / (mx.sin(per_image) + mx.cos(per_image))
-        u = -self.flow(
-            state, 1 - noise_share[:, 0, 0], cache
-        )  # the flow runs to the data, TrigFlow to the noise
-        return trigflow.flow_to_trigflow(state, u, noise_share)[1]
+        # The network's flow runs to the data, TrigFlow to the noise.
+        return flow_velocity(x, angle, lambda state, s: -self.flow(state, 1 - s, cache))
 
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read the finished picture [B, N, P] that was painted after BOI, at time 1."""
