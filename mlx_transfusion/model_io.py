@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,9 +35,16 @@ from mlx_transfusion.model_files import (
     write_json,
     write_safetensors,
 )
-from mlx_transfusion.model_path import ADAPTER_CONFIG, CONFIG_FILE, display_name, is_adapter, resolve
+from mlx_transfusion.model_path import (
+    ADAPTER_CONFIG,
+    AUTOENCODER,
+    CONFIG_FILE,
+    display_name,
+    is_adapter,
+    resolve,
+)
 from mlx_transfusion.models.family import Family, FamilyConfig, PictureFamily, TextFamily
-from mlx_transfusion.models.transfusion import Transfusion, with_painter
+from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 
@@ -128,6 +136,7 @@ def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None =
         model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())
+    attach_autoencoder(model, path / AUTOENCODER)
     tokenizer = Tokenizer.load(path, special=special_ids(config))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -152,6 +161,8 @@ def _load_adapter(path: Path, name: str, dtype: mx.Dtype | None) -> Loaded:
         start = with_painter(base.transfusion)
     weights = lora.fuse(start, adapter, lora.read_adapter(path, adapter, start))
     model = build(config)  # what it predicts may differ from the base
+    if isinstance(base.model, Transfusion):
+        model.coder = base.model.coder
     check_weights(model, weights, str(path))
     model.load_weights(list(weights.items()))
     if dtype is not None:
@@ -279,10 +290,40 @@ def save_model(
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
         _save_weights(path, weights, parameter_count(model))
+        if isinstance(model, Transfusion) and model.coder is not None:
+            shutil.copytree(model.coder.path, path / AUTOENCODER, dirs_exist_ok=True, copy_function=_link)
         write_json(path / CONFIG_FILE, config)
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write the model: {error}") from error
     return path
+
+
+def attach_autoencoder(model: TextFamily, folder: Path) -> None:
+    """Give a Transfusion of latents the autoencoder in `folder`, if there is one; others stay as they are.
+
+    Raises UserError for a folder that is corrupt, or whose latents have other channels.
+    """
+    if not isinstance(model, Transfusion) or not folder.is_dir():
+        return
+    from mlx_transfusion.autoencoder.folder import load_autoencoder
+
+    found = load_autoencoder(folder)
+    if found.config.latent_channels != model.config.image_channels:
+        raise UserError(
+            f"{folder}: its latents have {found.config.latent_channels} channels, and the model paints "
+            f"{model.config.image_channels}: use the autoencoder that the model was trained with"
+        )
+    model.coder = Coder(found.model, folder)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that never changes, or a copy where the file system has none."""
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def flat_parameters(model: nn.Module) -> dict[str, mx.array]:

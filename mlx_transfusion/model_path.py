@@ -16,11 +16,13 @@ DEFAULT_MODEL = "emoji-2step"
 """The one of them that is used when none is named."""
 
 CONFIG_FILE = "config.json"
+AUTOENCODER = "autoencoder"
+"""Folder inside a model's: what turns its latents into pictures."""
 ADAPTER_CONFIG = "adapter_config.json"
 """Stands in a folder that has only the difference from another model (lora.py)."""
 
 # What a model folder may hold for us; never code.
-HUB_FILES = ["*.json", "model*.safetensors", "adapters.safetensors", "tokenizer.model"]
+HUB_FILES = ["*.json", "*model*.safetensors", "adapters.safetensors", "tokenizer.model"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import GeneratedImage, Step
 from mlx_transfusion.images import CHANNELS
-from mlx_transfusion.model_io import Loaded, build
+from mlx_transfusion.model_io import Loaded, attach_autoencoder, build
+from mlx_transfusion.model_path import AUTOENCODER
 from mlx_transfusion.models.family import FamilyConfig, PictureFamily
 from mlx_transfusion.painting import paint
 from mlx_transfusion.records import image_record
@@ -59,9 +61,11 @@ def unread_model(config: FamilyConfig, name: str) -> PictureFamily:
     return model
 
 
-def picture_size(config: FamilyConfig, name: str) -> tuple[int, int]:
-    """(height, width) of the pictures of a model, before its weights are read. Raises UserError if it paints none."""
-    return unread_model(config, name).picture_size
+def picture_size(config: FamilyConfig, name: str, path: Path) -> tuple[int, int]:
+    """(height, width) of a folder's pictures, before its weights are read. Raises UserError if it paints none."""
+    model = unread_model(config, name)
+    attach_autoencoder(model, path / AUTOENCODER)
+    return model.picture_size
 
 
 def check_pictures(loaded: Loaded) -> None:

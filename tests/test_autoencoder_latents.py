@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlx_transfusion.autoencoder.decoding import decode_latents
 from mlx_transfusion.autoencoder.folder import LoadedAutoencoder, load_autoencoder, save_autoencoder
-from mlx_transfusion.autoencoder.latents import LatentCache, encode_pixels, write_cache
+from mlx_transfusion.autoencoder.latents import encode_pixels, write_cache
 from mlx_transfusion.autoencoder.pictures import to_signed
 from mlx_transfusion.autoencoder.preview import fit_preview
 from mlx_transfusion.cli import main
@@ -23,6 +23,7 @@ from mlx_transfusion.model_files import write_safetensors
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.autoencoder_tiles import Tiling
 from mlx_transfusion.training.image_store import ImageRef, open_images
+from mlx_transfusion.training.latents import LatentCache
 
 CONFIG = AutoencoderConfig(
     block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, scaling_factor=2.0, shift_factor=0.1,

@@ -363,7 +363,7 @@ def test_latent_presets_are_not_trained_on_pixels(
 ) -> None:
     config = dataclasses.replace(tiny_config, image_channels=8, image_mean=(0.0,) * 8)
     source = SourceConfig(str(folder / "pairs.jsonl"), str(folder / "pictures"))
-    with pytest.raises(UserError, match="image_channels is 8; pictures need 3"):
+    with pytest.raises(UserError, match=r"image_channels is 8, and pictures have 3.*data\.latents"):
         DataSet(
             [source],
             DataConfig((source,)),

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_transfusion.autoencoder.folder import LoadedAutoencoder
-from mlx_transfusion.autoencoder.latents import LatentCache
 from mlx_transfusion.autoencoder.measures import to_uint8
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import save_png
 from mlx_transfusion.models.autoencoder_tiles import Tiling, decode_tiled
 from mlx_transfusion.training.image_store import ImageFolder, ImageRef
+from mlx_transfusion.training.latents import LatentCache
 
 
 def decode_latents(autoencoder: LoadedAutoencoder, latents: np.ndarray) -> np.ndarray:

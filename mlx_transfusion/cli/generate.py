@@ -90,7 +90,7 @@ def generate(
 
     path = resolve(model)
     config, extra = read_config(path)
-    high, wide = picture_size(config, display_name(model, path))
+    high, wide = picture_size(config, display_name(model, path), path)
     for name, wanted, have in (("width", width, wide), ("height", height, high)):
         if wanted not in (None, have):
             raise UserError(

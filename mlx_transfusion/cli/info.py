@@ -55,12 +55,17 @@ def info(
             result(line)
 
 
-def model_facts(config: FamilyConfig) -> dict[str, Any]:
-    """Parameters and memory of a model, counted from its (lazy, never allocated) weights."""
-    from mlx_transfusion.model_io import build, flat_parameters
+def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[str, Any]:
+    """Parameters and memory of a model, counted from its (lazy, never allocated) weights.
+
+    autoencoder: folder of the one that turns its latents into pictures; it may be missing.
+    """
+    from mlx_transfusion.model_io import attach_autoencoder, build, flat_parameters
     from mlx_transfusion.models.family import PictureFamily
 
     model = build(config)
+    if autoencoder is not None:
+        attach_autoencoder(model, autoencoder)
     parts: dict[str, int] = {}
     for name, value in flat_parameters(model).items():
         part = _part(name)
@@ -90,14 +95,14 @@ def stored_model_facts(name: str) -> dict[str, Any]:
     """The facts of a model folder, from its config and file sizes; the weights are not read."""
     from mlx_transfusion.generation_memory import cache_bytes
     from mlx_transfusion.model_io import read_config, weight_files
-    from mlx_transfusion.model_path import display_name, resolve
+    from mlx_transfusion.model_path import AUTOENCODER, display_name, resolve
     from mlx_transfusion.objective import read_objective
 
     path = resolve(name)
     config, extra = read_config(path)
     size = sum(file.stat().st_size for file in weight_files(path))
     objective = read_objective(extra, display_name(name, path))
-    more = model_facts(config)
+    more = model_facts(config, path / AUTOENCODER)
     total = more["parameters"]["total"]
     facts: dict[str, Any] = {"model": display_name(name, path)}
     if "picture" in more:

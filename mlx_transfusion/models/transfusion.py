@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
 from mlx_transfusion.models.layers import Block, KeysValues, Mask
@@ -50,6 +52,14 @@ class Part(Protocol):
     patch_decoder: PatchDecoder
 
 
+@dataclass(frozen=True)
+class Coder:
+    """The autoencoder whose latents a model paints, and the folder that it was read from."""
+
+    model: AutoencoderKL
+    path: Path
+
+
 class Transfusion(PictureFamily):
     """Text embedding and head, patch encoder and decoder (linear or U-Net), and one transformer in between."""
 
@@ -57,6 +67,8 @@ class Transfusion(PictureFamily):
         super().__init__()
         self._config = config
         self._gradient_checkpointing = False
+        self.coder: Coder | None = None
+        """What turns latents into pictures; no part of the weights. None: it paints pixels, or bare latents."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_tokens.weight = mx.random.normal(self.embed_tokens.weight.shape)
         # Of a painter's model it is the painter alone that paints, so only it is told the scale.
@@ -158,12 +170,13 @@ class Transfusion(PictureFamily):
     @property
     def picture_size(self) -> tuple[int, int]:
         """(height, width)."""
-        return self.config.image_height, self.config.image_width
+        factor = 1 if self.coder is None else self.coder.model.config.factor
+        return self.config.image_height * factor, self.config.image_width * factor
 
     @property
     def picture_channels(self) -> int:
-        """3 of pixels, another number of latents."""
-        return self.config.image_channels
+        """3 of pixels, another number of latents without an autoencoder."""
+        return self.config.image_channels if self.coder is None else 3
 
     @property
     def predicts_noise(self) -> bool:
@@ -224,14 +237,25 @@ class Transfusion(PictureFamily):
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, C] in [0, 1] -> patches [B, N, P] with unit standard deviation."""
-        x = (pixels * 2 - 1 - mx.array(self.config.image_mean)) / self.config.image_std
+        signed = pixels * 2 - 1
+        if self.coder is None:
+            return self.latent_patches(signed)
+        coder = self.coder.model
+        return self.latent_patches(coder.normalize(coder.encode(signed).mean))
+
+    def latent_patches(self, x: mx.array) -> mx.array:
+        """Latents, or pixels in [-1, 1], [B, H, W, C] -> patches [B, N, P] with unit standard deviation."""
+        x = (x - mx.array(self.config.image_mean)) / self.config.image_std
         return patchify(x, self.config.patch_size)
 
     def decode(self, patches: mx.array) -> mx.array:
         """Patches [B, N, P] -> pixels [B, H, W, C], clipped to [0, 1]."""
         c = self.config
         x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
-        return mx.clip((x * c.image_std + mx.array(c.image_mean) + 1) / 2, 0, 1)
+        x = x * c.image_std + mx.array(c.image_mean)
+        if self.coder is not None:
+            x = self.coder.model.decode(self.coder.model.denormalize(x))
+        return mx.clip((x + 1) / 2, 0, 1)
 
     @property
     def _painting(self) -> Part:
@@ -276,6 +300,7 @@ def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array) -> tuple[mx
 def with_painter(model: Transfusion) -> Transfusion:
     """A model that also has a painter, whose weights begin as copies of its own; the model itself stays as it is."""
     out = Transfusion(replace(model.config, painter=True))
+    out.coder = model.coder
     weights = model.parameters()
     own = {name: weights[name] for name in out.painter.parameters()}
     angle = {name: weights["angle_embedding"][name] for name in out.angle_embedding.parameters()}

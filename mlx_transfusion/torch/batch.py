@@ -33,9 +33,10 @@ def move(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def encode(pixels: Tensor, config: ModelConfig) -> Tensor:
-    """Pixels [M, H, W, C] in [0, 1] -> patches [M, N, P] with unit standard deviation."""
+    """Pixels uint8, or latents float32, [M, H, W, C] -> patches [M, N, P] with unit standard deviation."""
+    x = pixels.float() / 255 * 2 - 1 if pixels.dtype == torch.uint8 else pixels
     mean = torch.tensor(config.image_mean, device=pixels.device)
-    return patchify((pixels * 2 - 1 - mean) / config.image_std, config.patch_size)
+    return patchify((x - mean) / config.image_std, config.patch_size)
 
 
 def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bool = False) -> Example:
@@ -54,7 +55,7 @@ def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bo
     def put(array: np.ndarray) -> Tensor:
         return move(array, device)
 
-    x0 = encode(put(pixels).float() / 255, config)
+    x0 = encode(put(pixels), config)
     z, angles = patchify(put(noise), config.patch_size), put(angle)
     a = angles[:, None, None]
     make_mask = block_mask if flex else dense_mask

@@ -178,7 +178,7 @@ class ConsistencyStep(Step):
     def _pictures(self, batch: PrefixBatch) -> Pictures:
         """Noise the pictures and move them to the device."""
         c = self.model.config
-        x0 = encode(self._move(batch.pictures.pixels).float() / 255, c)
+        x0 = encode(self._move(batch.pictures.pixels), c)
         z, angle = patchify(self._move(batch.pictures.noise), c.patch_size), self._move(batch.pictures.angle)
         a = angle[:, None, None]
         return Pictures(

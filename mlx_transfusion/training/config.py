@@ -32,6 +32,10 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...]
     valid: tuple[SourceConfig, ...] = ()
+    latents: tuple[str, ...] = ()
+    """Files of `autoencoder encode` with the pictures of all sources: the model learns these instead of pixels."""
+    autoencoder: str | None = None
+    """Folder of the autoencoder that made them; checkpoints carry it, so that they paint."""
     caption_first: float = 0.8
     """Share of pairs with the caption before the picture (arXiv 2408.11039, section 4.1)."""
     caption_drop: float = 0.1
@@ -359,6 +363,9 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
         if isinstance(name, str) and (folder / name).is_dir():
             fix(table, key)
     tables = data.get("data", {})
+    fix(tables, "autoencoder")
+    if isinstance(tables, dict) and isinstance(tables.get("latents"), list):
+        tables["latents"] = [str(folder / name) for name in tables["latents"]]
     for split in ("train", "valid"):
         rows = tables.get(split, []) if isinstance(tables, dict) else []
         for source in rows if isinstance(rows, list) else []:

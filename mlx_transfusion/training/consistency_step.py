@@ -32,7 +32,7 @@ from mlx_transfusion.training.prefix_data import (
     prefix_of,
 )
 from mlx_transfusion.training.signals import Signals
-from mlx_transfusion.training.step import Step, Tree, cast, to_arrays
+from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, to_arrays
 from mlx_transfusion.training.tangents import States, method_of
 
 TEACHER_SAMPLER = "dpmpp_2m"
@@ -273,7 +273,7 @@ def _same_weights(part: Transfusion, whole: Transfusion) -> bool:
 
 def _arrays(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, TextArrays]:
     """Noise the pictures and hand everything but the rest to mlx."""
-    x0 = model.encode(mx.array(batch.pictures.pixels).astype(mx.float32) / 255)
+    x0 = clean_patches(model, batch.pictures.pixels)
     z = patchify(mx.array(batch.pictures.noise), model.config.patch_size)
     angle = mx.array(batch.pictures.angle)
     a = angle[:, None, None]

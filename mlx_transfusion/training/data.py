@@ -21,6 +21,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.sequence import Image, PackedBatch, Segment, Text
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import DataConfig, DiffusionConfig, SourceConfig
+from mlx_transfusion.training.latents import LatentFiles
 from mlx_transfusion.training.pixels import BYTES_PER_GIB, PixelCache
 from mlx_transfusion.training.rows import ImageRef, Row, Source, load_rows
 
@@ -35,7 +36,7 @@ class Batch:
 
     packed: PackedBatch
     pixels: np.ndarray
-    """uint8 [M, H, W, C]"""
+    """uint8 [M, H, W, C], or float32 latents"""
     noise: np.ndarray
     """float32 [M, H, W, C], added before patchifying"""
     angle: np.ndarray
@@ -56,7 +57,7 @@ class Pictures(NamedTuple):
     """The pictures of some documents, in order, with their noise and angles."""
 
     pixels: np.ndarray
-    """uint8 [M, H, W, C]"""
+    """uint8 [M, H, W, C], or float32 latents"""
     noise: np.ndarray
     """float32 [M, H, W, C]"""
     angle: np.ndarray
@@ -91,8 +92,11 @@ class DataSet:
         stream: str = "train",
     ) -> None:
         """Reads all rows (not the pictures). Raises UserError for bad files and rows."""
-        if model.image_channels != 3:
-            raise UserError(f"[model]: image_channels is {model.image_channels}; pictures need 3")
+        if model.image_channels != 3 and not data.latents:
+            raise UserError(
+                f"[model]: image_channels is {model.image_channels}, and pictures have 3: encode them with an "
+                "autoencoder, and name the file in data.latents"
+            )
         self._data, self._diffusion, self._model, self._tokenizer = data, diffusion, model, tokenizer
         self._seed, self._length, self._stream = seed, sequence_length, stream
         self.rows: list[list[Row]] = []
@@ -106,13 +110,19 @@ class DataSet:
             self.rows.append(loaded.rows)
             self.bad_rows += loaded.bad_rows
         self._weights = [s.weight for s in sources]
-        self._pixels = PixelCache(
-            model.image_height,
-            model.image_width,
-            threads=data.threads,
-            limit_bytes=int(data.cache_gib * BYTES_PER_GIB),
-        )
+        shape = (model.image_height, model.image_width, model.image_channels)
+        self._pixels: LatentFiles | PixelCache
+        if data.latents:
+            self._pixels = LatentFiles(data.latents, shape)
+        else:
+            limit = int(data.cache_gib * BYTES_PER_GIB)
+            self._pixels = PixelCache(*shape[:2], threads=data.threads, limit_bytes=limit)
         self._ids: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def latents_of(self) -> str | None:
+        """Fingerprint of the autoencoder that made the latents; None of pixels."""
+        return self._pixels.fingerprint if isinstance(self._pixels, LatentFiles) else None
 
     def documents(self, step: int, size: int, progress: float = 0.0) -> list[Document]:
         """The `size` documents of a step. `progress` in [0, 1] moves the share of high noise."""

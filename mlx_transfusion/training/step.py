@@ -32,7 +32,7 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, 
     Returns the model's input, the target of its prediction [M, N, P], and text targets and weights [K].
     """
     c, p = model.config, batch.packed
-    x0 = model.encode(mx.array(batch.pixels).astype(mx.float32) / 255)
+    x0 = clean_patches(model, batch.pixels)
     z = patchify(mx.array(batch.noise), c.patch_size)
     angle = mx.array(batch.angle)
     per_patch = angle[:, None, None]
@@ -48,6 +48,13 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, 
         angle=angle,
     )
     return arrays, target, mx.array(p.text_target), mx.array(p.text_weight)
+
+
+def clean_patches(model: Transfusion, pictures: np.ndarray) -> mx.array:
+    """Pixels uint8 or latents float32 [M, H, W, C] -> clean patches [M, N, P]."""
+    if pictures.dtype == np.uint8:
+        return model.encode(mx.array(pictures).astype(mx.float32) / 255)
+    return model.latent_patches(mx.array(pictures))
 
 
 class Step:

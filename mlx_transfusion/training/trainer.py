@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded as ModelFolder
-from mlx_transfusion.model_io import load, load_config
+from mlx_transfusion.model_io import attach_autoencoder, load, load_config
 from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
@@ -101,6 +101,8 @@ class Trainer:
         self.valid_data: DataSet | None = (
             rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
+        if self.painting is None:
+            _attach_autoencoder(self.model, config, self.train_data)
         self.optimizer = make_optimizer(config.optimizer)
         self.teacher = _teacher(config, self.model.config)
         self.step = self._new_step()
@@ -426,6 +428,24 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
             "a teacher needs the same pictures and the same tokens"
         )
     return teacher
+
+
+def _attach_autoencoder(model: Transfusion, config: TrainConfig, data: DataSet) -> None:
+    """Give a model of latents the autoencoder that made them. Raises UserError when it is another, or is missing."""
+    folder = config.data.autoencoder
+    if data.latents_of is None or folder is None:
+        if data.latents_of is not None and config.sample.every:
+            raise UserError("sample.every needs data.autoencoder, which turns latents into pictures")
+        return
+    from mlx_transfusion.autoencoder.folder import load_autoencoder
+
+    found = load_autoencoder(folder)
+    if found.fingerprint != data.latents_of:
+        raise UserError(
+            f"{config.data.latents[0]}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
+            f"fingerprint {found.fingerprint}: encode the data set again"
+        )
+    attach_autoencoder(model, Path(folder))
 
 
 def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, Any] | None:

@@ -1,0 +1,123 @@
+"""Pictures as latents in a file (made by `autoencoder encode`), in the place of pixels. Imports no mlx.
+
+The file is a safetensors file with one array "latents" [N, V, h, w, C], float32 or float16, already normalised
+(unit variance); V is 1, or 2 with the mirrored picture behind each. Its metadata says which pictures these are, in
+what size, and the fingerprint of the autoencoder that made them: with another one they are noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.training.image_store import ImageRef
+
+FORMAT, NAME = "mlx-transfusion-latents", "latents"
+DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
+    "float32": ("F32", np.dtype("<f4")),
+    "float16": ("F16", np.dtype("<f2")),
+}
+
+
+class LatentCache:
+    """A file of latents, opened for reading; nothing but its header is read before it is asked for."""
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        """Raises UserError for a file that is missing, cut off, or no such file."""
+        self.path = Path(file)
+        header, offset = _read_header(self.path)
+        try:
+            metadata, about = header["__metadata__"], header[NAME]
+            if metadata["format"] != FORMAT:
+                raise ValueError(metadata["format"])
+            self.fingerprint, self.size = str(metadata["autoencoder"]), int(metadata["size"])
+            self.names = [str(name) for name in json.loads(metadata["names"])]
+            self.shape = tuple(int(n) for n in about["shape"])
+            numpy_type = dict(DTYPES.values())[about["dtype"]]
+            if len(self.shape) != 5 or min(self.shape) < 1 or len(self.names) != self.shape[0]:
+                raise ValueError(self.shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: no file of latents: make one with autoencoder encode") from error
+        wanted = offset + int(np.prod(self.shape)) * numpy_type.itemsize
+        if self.path.stat().st_size != wanted:
+            raise UserError(f"{self.path}: {self.path.stat().st_size} bytes, expected {wanted}: encode again")
+        self._latents: np.memmap[Any, Any] = np.memmap(self.path, numpy_type, "r", offset, self.shape)
+        self._place = {name: i for i, name in enumerate(self.names)}
+
+    @property
+    def flips(self) -> bool:
+        """Whether mirrored pictures are there too."""
+        return self.shape[1] == 2
+
+    def check(self, fingerprint: str, shape: Sequence[int], where: str) -> None:
+        """Raises UserError unless that autoencoder made them, and they have the shape [h, w, C] that a model reads.
+
+        where: what it was compared with, for the message.
+        """
+        if self.fingerprint != fingerprint:
+            raise UserError(
+                f"{self.path}: stale: made by autoencoder {self.fingerprint}, and {where} has the fingerprint "
+                f"{fingerprint}: encode the data set again"
+            )
+        if tuple(shape) != self.shape[2:]:
+            raise UserError(
+                f"{self.path}: latents of shape {list(self.shape[2:])}, {where} expects {list(shape)}"
+            )
+
+    def load(self, refs: Sequence[ImageRef], flips: Sequence[bool] | None = None) -> np.ndarray:
+        """Latents of pictures in their order: float32 [N, h, w, C], a fresh array.
+
+        flips: per picture, whether its mirrored version is meant. Raises UserError for a picture that is not in the
+        file, and for flips where there are none.
+        """
+        if flips is not None and any(flips) and not self.flips:
+            raise UserError(f"{self.path}: holds no mirrored pictures: encode with --flips, or train without")
+        out = np.empty((len(refs), *self.shape[2:]), np.float32)
+        for i, ref in enumerate(refs):
+            place = self._place.get(ref.name)
+            if place is None:
+                raise UserError(f"{self.path}: holds no latents of {ref}: encode the data set again")
+            out[i] = self._latents[place, int(bool(flips is not None and flips[i]))]
+        return out
+
+
+class LatentFiles:
+    """Several such files as one: what training loads instead of pixels."""
+
+    def __init__(self, files: Sequence[str], shape: Sequence[int]) -> None:
+        """shape: [h, w, C] of the model's pictures. Raises UserError for bad files and for another shape."""
+        self._caches = [LatentCache(file) for file in files]
+        self.fingerprint = self._caches[0].fingerprint
+        for cache in self._caches:
+            cache.check(self.fingerprint, shape, f"the run's model and {self._caches[0].path}")
+        self._file_of = {name: cache for cache in reversed(self._caches) for name in cache.names}
+
+    def load(self, refs: Sequence[ImageRef], flips: Sequence[bool] | None = None) -> np.ndarray:
+        """As `LatentCache.load`, from the first file that holds a picture."""
+        out = np.empty((len(refs), *self._caches[0].shape[2:]), np.float32)
+        for i, ref in enumerate(refs):
+            cache = self._file_of.get(ref.name, self._caches[0])
+            out[i] = cache.load([ref], None if flips is None else [flips[i]])[0]
+        return out
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length < file.stat().st_size:
+                raise ValueError(length)
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the latents: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no file of latents: make one with autoencoder encode") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: no file of latents: make one with autoencoder encode")
+    return header, 8 + length

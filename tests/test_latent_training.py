@@ -1,0 +1,171 @@
+"""A model trained on cached latents: data, a whole run, its checkpoints, and pictures from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from autoencoder_tools import randomize
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
+from mlx_transfusion.autoencoder.latents import write_cache
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import load
+from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.config import load_train_config
+from mlx_transfusion.training.image_store import ImageRef, open_images
+from mlx_transfusion.training.latents import LatentCache
+from mlx_transfusion.training.step import clean_patches
+from mlx_transfusion.training.trainer import Trainer, train
+
+SIZE, CHANNELS, COUNT = 16, 4, 6
+
+
+def coder(seed: int) -> AutoencoderKL:
+    """16x16 pixels to 8x8x4 latents."""
+    config = AutoencoderConfig(
+        block_out_channels=(8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=4
+    )
+    model = AutoencoderKL(config)
+    randomize(model, seed)
+    return model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """Pictures, two autoencoders, latents of the first, and a training TOML."""
+    folder = tmp_path_factory.mktemp("latents")
+    rng = np.random.default_rng(0)
+    with (folder / "rows.jsonl").open("w") as rows:
+        for i in range(COUNT):
+            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / f"{i}.png")
+            rows.write(json.dumps({"image": f"{i}.png", "text": "red heart"}) + "\n")
+    for seed, name in enumerate(("vae", "other")):
+        save_autoencoder(folder / name, coder(seed))
+    store = open_images(folder)
+    refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
+    write_cache(folder / "latents.safetensors", load_autoencoder(folder / "vae"), refs, SIZE)
+    tiny_tokenizer.save(folder)
+    (folder / "train.toml").write_text(
+        """
+output = "run"
+tokenizer = "tokenizer.model"
+steps = 3
+batch_size = 4
+sequence_length = 64
+save_every = 1
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 48
+image_height = 8
+image_width = 8
+image_channels = 4
+image_mean = [0.0, 0.0, 0.0, 0.0]
+patch_size = 4
+[data]
+latents = ["latents.safetensors"]
+autoencoder = "vae"
+[[data.train]]
+rows = "rows.jsonl"
+[optimizer]
+warmup = 0
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config(place, tmp_path_factory.mktemp("out")))
+
+
+def config(place: Path, output: Path, *overrides: str) -> Any:
+    return load_train_config(place / "train.toml", [f"output={output}", *overrides])
+
+
+def test_a_run_reads_the_latents_that_encoding_gives(place: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(place, tmp_path))
+    documents = [d for d in trainer.train_data.documents(0, 4) if d.images]
+    pictures = trainer.train_data.pictures(documents).pixels
+    assert (pictures.dtype, pictures.shape[1:]) == (np.float32, (8, 8, CHANNELS))
+    first = np.array(Image.open(place / documents[0].images[0].name))[None]
+    expected = trainer.model.encode(mx.array(first).astype(mx.float32) / 255)
+    np.testing.assert_allclose(clean_patches(trainer.model, pictures)[:1], expected, atol=1e-5)
+
+
+def test_checkpoints_carry_the_autoencoder_and_paint(cli: Any, trained: Path, tmp_path: Path) -> None:
+    loaded = load(trained)
+    assert loaded.transfusion.coder is not None
+    names = [name for name, _ in tree_flatten(loaded.model.parameters())]
+    assert not any(name.startswith("coder") for name in names)
+    out = tmp_path / "red.png"
+    flags = ["--model", trained, "--steps", "2", "--seed", "1", "--width", str(SIZE), "--output", out]
+    assert cli("generate", "red heart", *flags).code == 0
+    with Image.open(out) as picture:
+        assert picture.size == (SIZE, SIZE)
+    assert cli("generate", "red heart", "--model", trained, "--width", "8", "--output", out).code == 2
+    said = cli("describe", out, "--model", trained, "--max-tokens", "3")
+    assert said.code == 0, said.err
+    assert f"{SIZE}x{SIZE}x3" in cli("info", trained).out
+
+
+def test_weights_of_the_autoencoder_are_stored_once(place: Path, trained: Path) -> None:
+    name = "model.safetensors"
+    assert os.path.samefile(place / "vae" / name, trained / "autoencoder" / name)
+
+
+def test_a_stopped_run_goes_on_exactly(place: Path, trained: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path, "steps=3", "keep=5"))
+    for step in ("00000002", "00000003"):
+        for file in (tmp_path / "checkpoints" / f"step-{step}").iterdir():
+            if file.is_file():
+                file.unlink()
+    again = train(config(place, tmp_path, "steps=3", "keep=5"))
+    a, b = (mx.load(str(folder / "model.safetensors")) for folder in (trained, again))
+    assert a.keys() == b.keys()
+    assert all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.autoencoder=OTHER", "stale: made by autoencoder .*: encode the data set again"),
+        ("data.latents=[]", "image_channels is 4, and pictures have 3: encode them"),
+        ("model.image_height=4", r"latents of shape \[8, 8, 4\].* expects \[4, 8, 4\]"),
+        ("data.flip=0.5", "holds no mirrored pictures"),
+    ],
+)
+def test_what_does_not_fit(place: Path, tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        train(config(place, tmp_path, change.replace("OTHER", str(place / "other"))))
+    assert "\n" not in str(error.value)
+
+
+def test_grids_need_the_autoencoder(place: Path, tmp_path: Path) -> None:
+    run = config(place, tmp_path, "sample.every=1", "sample.prompts=['moon']")
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, autoencoder=None))
+    with pytest.raises(UserError, match=r"sample.every needs data.autoencoder"):
+        Trainer(run)
+
+
+def test_pytorch_reads_the_same_latents(place: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from mlx_transfusion.torch.batch import encode
+
+    latents = LatentCache(place / "latents.safetensors").load([ImageRef(open_images(place), "0.png")])
+    trainer = Trainer(config(place, place / "unused"))
+    ours = np.array(clean_patches(trainer.model, latents))
+    np.testing.assert_allclose(
+        encode(torch.from_numpy(latents), trainer.model.config).numpy(), ours, atol=1e-6
+    )
