@@ -43,6 +43,7 @@ from mlx_transfusion.model_path import (
     is_adapter,
     resolve,
 )
+from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.family import Family, FamilyConfig, PictureFamily, TextFamily
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
@@ -291,39 +292,47 @@ def save_model(
         tokenizer.save(path)
         _save_weights(path, weights, parameter_count(model))
         if isinstance(model, Transfusion) and model.coder is not None:
-            shutil.copytree(model.coder.path, path / AUTOENCODER, dirs_exist_ok=True, copy_function=_link)
+            _link_autoencoder(model.coder.path, path / AUTOENCODER)
         write_json(path / CONFIG_FILE, config)
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write the model: {error}") from error
     return path
 
 
-def attach_autoencoder(model: TextFamily, folder: Path) -> None:
+def attach_autoencoder(model: TextFamily, folder: Path, *, weights: bool = True) -> None:
     """Give a Transfusion of latents the autoencoder in `folder`, if there is one; others stay as they are.
 
-    Raises UserError for a folder that is corrupt, or whose latents have other channels.
+    weights: whether they are read; without them sizes are right, and pictures are noise. Raises UserError for a
+    folder that is corrupt, or whose latents have other channels.
     """
     if not isinstance(model, Transfusion) or not folder.is_dir():
         return
-    from mlx_transfusion.autoencoder.folder import load_autoencoder
+    from mlx_transfusion.autoencoder.folder import load_autoencoder, read_config
 
-    found = load_autoencoder(folder)
+    found = load_autoencoder(folder).model if weights else AutoencoderKL(read_config(folder))
     if found.config.latent_channels != model.config.image_channels:
         raise UserError(
             f"{folder}: its latents have {found.config.latent_channels} channels, and the model paints "
             f"{model.config.image_channels}: use the autoencoder that the model was trained with"
         )
-    model.coder = Coder(found.model, folder)
+    model.coder = Coder(found, folder)
 
 
-def _link(source: str, target: str) -> None:
-    """A second name for a file that never changes, or a copy where the file system has none."""
-    if os.path.exists(target):
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _link_autoencoder(source: Path, target: Path) -> None:
+    """What reading an autoencoder's folder takes, not what training it took.
+
+    Its files never change, so a second name for them is enough; a copy where the file system has none.
+    """
+    target.mkdir(exist_ok=True)
+    previews = [file for file in (source / "preview.safetensors", source / INDEX_FILE) if file.is_file()]
+    for file in (source / CONFIG_FILE, *weight_files(source), *previews):
+        new = target / file.name
+        if new.exists():
+            continue
+        try:
+            os.link(file, new)
+        except OSError:
+            shutil.copyfile(file, new)
 
 
 def flat_parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -64,7 +64,7 @@ def unread_model(config: FamilyConfig, name: str) -> PictureFamily:
 def picture_size(config: FamilyConfig, name: str, path: Path) -> tuple[int, int]:
     """(height, width) of a folder's pictures, before its weights are read. Raises UserError if it paints none."""
     model = unread_model(config, name)
-    attach_autoencoder(model, path / AUTOENCODER)
+    attach_autoencoder(model, path / AUTOENCODER, weights=False)
     return model.picture_size
 
 

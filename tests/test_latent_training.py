@@ -51,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -
             rows.write(json.dumps({"image": f"{i}.png", "text": "red heart"}) + "\n")
     for seed, name in enumerate(("vae", "other")):
         save_autoencoder(folder / name, coder(seed))
+    (folder / "vae" / "optimizer.safetensors").write_bytes(b"of its training")
     store = open_images(folder)
     refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
     write_cache(folder / "latents.safetensors", load_autoencoder(folder / "vae"), refs, SIZE)
@@ -123,6 +124,18 @@ def test_checkpoints_carry_the_autoencoder_and_paint(cli: Any, trained: Path, tm
 def test_weights_of_the_autoencoder_are_stored_once(place: Path, trained: Path) -> None:
     name = "model.safetensors"
     assert os.path.samefile(place / "vae" / name, trained / "autoencoder" / name)
+    assert {file.name for file in (trained / "autoencoder").iterdir()} == {"config.json", name}
+
+
+def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(
+    place: Path, trained: Path, tmp_path: Path
+) -> None:
+    store = open_images(place)
+    refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
+    write_cache(tmp_path / "other.safetensors", load_autoencoder(place / "other"), refs, SIZE)
+    changes = [f"data.latents=['{tmp_path / 'other.safetensors'}']", f"data.autoencoder={place / 'other'}"]
+    with pytest.raises(UserError, match=r"was trained on latents of autoencoder \w+, these are of"):
+        train(config(place, trained.parent.parent, *changes))
 
 
 def test_a_stopped_run_goes_on_exactly(place: Path, trained: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
 
     model = build(config)
     if autoencoder is not None:
-        attach_autoencoder(model, autoencoder)
+        attach_autoencoder(model, autoencoder, weights=False)
     parts: dict[str, int] = {}
     for name, value in flat_parameters(model).items():
         part = _part(name)

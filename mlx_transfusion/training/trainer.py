@@ -24,8 +24,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded as ModelFolder
-from mlx_transfusion.model_io import attach_autoencoder, load, load_config
-from mlx_transfusion.models.transfusion import Transfusion, with_painter
+from mlx_transfusion.model_io import load, load_config
+from mlx_transfusion.model_path import AUTOENCODER
+from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
@@ -137,6 +138,8 @@ class Trainer:
         # A key that the record of an older version lacks counts as its default: what the run did then.
         then = from_dict(TrainConfig, record["config"], f"{found[-1]}: the training config in it")
         check_same_run(then.to_dict(), self.config.to_dict(), found[-1])
+        if self.painting is None:
+            _check_latents(self.train_data, found[-1])
         state = ckpt.load_checkpoint(found[-1], self.optimizer, self.step.read_averaged)
         self.model.update(state.ema)  # with a painter this is more than what is trained
         trained = self.step.model_weights(state.weights)
@@ -445,7 +448,22 @@ def _attach_autoencoder(model: Transfusion, config: TrainConfig, data: DataSet) 
             f"{config.data.latents[0]}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
             f"fingerprint {found.fingerprint}: encode the data set again"
         )
-    attach_autoencoder(model, Path(folder))
+    model.coder = Coder(found.model, Path(folder))
+
+
+def _check_latents(data: DataSet, checkpoint: Path) -> None:
+    """Raises UserError when a run that is resumed was trained on the latents of another autoencoder."""
+    folder = checkpoint / AUTOENCODER
+    if data.latents_of is None or not folder.is_dir():
+        return
+    from mlx_transfusion.autoencoder.folder import load_autoencoder
+
+    then = load_autoencoder(folder).fingerprint
+    if then != data.latents_of:
+        raise UserError(
+            f"{checkpoint}: was trained on latents of autoencoder {then}, these are of {data.latents_of}: use the "
+            "same latents or another output folder"
+        )
 
 
 def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, Any] | None:
