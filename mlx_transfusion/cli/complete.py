@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from mlx_transfusion.cli import options
 from mlx_transfusion.cli.terminal import bar, message, picture_path, result
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.settings import DEFAULTS
+
+if TYPE_CHECKING:
+    from mlx_transfusion.events import Finished, Painted, Token
 
 
 def complete(
@@ -74,8 +78,8 @@ def complete(
         guidance_interval=guidance_interval,
         negative_prompt=negative_prompt,
     ).check()
-    from mlx_transfusion.events import Finished, Step, Token
-    from mlx_transfusion.images import check_folder, free_path
+    from mlx_transfusion.events import Step
+    from mlx_transfusion.images import check_folder
     from mlx_transfusion.interleave import Tokens
     from mlx_transfusion.interleave import complete as run
     from mlx_transfusion.model_io import load
@@ -98,23 +102,31 @@ def complete(
             progress.update(step.step / step.steps, f"step {step.step}/{step.steps}")
 
         events = run(loaded, document, chosen, settings, on_step)
-        message(f"seed {chosen}")
-        for event in events:
-            if isinstance(event, Token):
-                if as_json:
-                    result({"text": event.text, "tokens": list(event.ids)})
-                else:
-                    print(event.text, end="", flush=True)
-            elif isinstance(event, Finished):
-                result({"finished": event.reason} if as_json else "")
+        message(f"seed {chosen}")  # only now: bad input is one line
+        _show(events, output, overwrite, as_json)
+
+
+def _show(events: Iterator[Token | Painted | Finished], output: Path, overwrite: bool, as_json: bool) -> None:
+    """Print what comes, and save the pictures."""
+    from mlx_transfusion.events import Finished, Token
+    from mlx_transfusion.images import free_path
+
+    for event in events:
+        if isinstance(event, Token):
+            if as_json:
+                result({"text": event.text, "tokens": list(event.ids)})
             else:
-                path = _numbered(output, event.image.index) if overwrite else free_path(output)
-                event.image.save(path)
-                image = event.image
-                if as_json:
-                    result({"file": str(path), "seed": image.seed, "settings": image.settings})
-                else:
-                    print(f"[{path}]", end="", flush=True)
+                print(event.text, end="", flush=True)
+        elif isinstance(event, Finished):
+            result({"finished": event.reason} if as_json else "")
+        else:
+            path = _numbered(output, event.image.index) if overwrite else free_path(output)
+            event.image.save(path)
+            image = event.image
+            if as_json:
+                result({"file": str(path), "seed": image.seed, "settings": image.settings})
+            else:
+                print(f"[{path}]", end="", flush=True)
 
 
 def _numbered(output: Path, index: int) -> Path:

@@ -25,9 +25,7 @@ def edit(
     ] = None,
     model: options.Model = None,
     adapter: options.Adapter = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Repeatable: one picture each.", show_default="random")
-    ] = None,
+    seed: options.Seeds = None,
     num_images: Annotated[
         int | None, typer.Option("--num-images", "-n", help="Pictures, at seeds S, S+1, ...")
     ] = None,

@@ -24,9 +24,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the picture shows.")] = None,
     model: options.Model = None,
     adapter: options.Adapter = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Repeatable: one picture each.", show_default="random")
-    ] = None,
+    seed: options.Seeds = None,
     num_images: Annotated[
         int | None, typer.Option("--num-images", "-n", help="Pictures a prompt, at seeds S, S+1, ...")
     ] = None,

@@ -35,6 +35,7 @@ Adapter = Annotated[
         help="A fine-tuned adapter of the model, and how much of it. Repeatable.",
     ),
 ]
+Seeds = Annotated[list[int] | None, typer.Option(help="Repeatable: one picture each.", show_default="random")]
 Sampler = Annotated[
     str | None,
     typer.Option(
