@@ -25,9 +25,10 @@ from mlx_transfusion.torch.export import export  # noqa: E402
 from mlx_transfusion.torch.folder import read_weights  # noqa: E402
 
 SLOW_STEPS = """
-import time, mlx_transfusion.torch.trainer as trainer
-load = trainer.Trainer._load
-trainer.Trainer._load = lambda self, step: (time.sleep(0.3 * (step > 2)), load(self, step))[1]
+import time
+from mlx_transfusion.torch.loader import Loader
+load = Loader.load
+Loader.load = lambda self, step: (time.sleep(0.3 * (step > 2)), load(self, step))[1]
 """
 STUCK_WRITE = """
 import time, mlx_transfusion.torch.checkpoint as checkpoint

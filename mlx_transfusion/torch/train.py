@@ -48,6 +48,7 @@ def _train(given: argparse.Namespace) -> str:
         reshard=not given.keep_gathered,
         recompute_every=given.recompute_every,
         max_skipped=given.max_skipped,
+        workers=given.workers,
     )
     with processes() as world:
         return str(train(config, machines, world, given.resume))
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
          help="with gradient_checkpointing, recompute every n-th block")  # fmt: skip
     flag("--max-skipped", type=int, default=10, metavar="K",
          help="stop after K steps in a row that are not finite")  # fmt: skip
+    flag("--workers", type=int, default=0, metavar="N",
+         help="processes that read data ahead, beside each training process; 0: a thread")  # fmt: skip
     return parser
 
 

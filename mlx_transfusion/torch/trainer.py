@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.torch import checkpoint as ckpt
+from mlx_transfusion.torch.loader import Loaded, Loader
 from mlx_transfusion.torch.optimizer import Average, clip, local, make_optimizer, set_updates
 from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, synchronise
 from mlx_transfusion.torch.start import new_model, run_config
@@ -55,16 +55,8 @@ class Machines:
     """With gradient_checkpointing: every n-th block is recomputed in the backward pass."""
     max_skipped: int = 10
     """Steps in a row that may be skipped because something is not finite."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """One step's share of this process, cut into parts, with the totals of the whole step."""
-
-    parts: list[Any]
-    text_total: int
-    image_total: int
-    tokens: int
+    workers: int = 0
+    """Processes that read data ahead, beside each training process; 0 is a thread."""
 
 
 class Trainer:
@@ -140,41 +132,21 @@ class Trainer:
             log = MetricsLog(self.output, self.progress.step)
         try:
             with Bar(config.steps, self.progress.step, self.world.is_main) as bar, Interrupt() as interrupt:
-                with _terminated(interrupt), ThreadPoolExecutor(1) as loader:
-                    self._loop(loader, interrupt, bar, log)
+                with _terminated(interrupt):
+                    self._loop(interrupt, bar, log)
                 return self._save(wait=True)
         finally:
             if log is not None:
                 log.close()
 
-    def _loop(
-        self, loader: ThreadPoolExecutor, interrupt: Interrupt, bar: Bar, log: MetricsLog | None
-    ) -> None:
-        steps = self.config.steps
-        ahead: Future[Loaded] | None = None
-        while (n := self.progress.step) < steps:
-            loaded = ahead.result() if ahead else self._load(n)
-            ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
+    def _loop(self, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> None:
+        loader = Loader(self.train_data, self.step, self.config, self.world.rank, self.world.size)
+        for loaded in loader.steps(self.progress.step, self.machines.workers):
             stop = self._train_step(loaded, interrupt, bar, log)
             self._after_step(bar, log)
             if stop:
                 self._save(wait=True)
                 raise KeyboardInterrupt
-
-    def _load(self, step: int) -> Loaded:
-        """Read this process's documents of a step (runs in a thread: numpy only)."""
-        c, world = self.config, self.world
-        documents = self.train_data.documents(step, c.batch_size, step / max(1, c.steps - 1))
-        totals = [self.step.count(self.train_data, d) for d in documents]
-        parts = [
-            self.step.load(
-                self.train_data, documents[world.rank + part * world.size :: world.size * c.accumulate]
-            )
-            for part in range(c.accumulate)
-        ]
-        return Loaded(
-            parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.tokens for b in parts)
-        )
 
     def _train_step(self, loaded: Loaded, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> bool:
         """One optimiser step. Returns whether any process was asked to stop."""
