@@ -52,6 +52,9 @@ class ModelConfig:
     """Channels of the U-Net at full size, doubled by each of its log2(patch_size) halvings; a multiple of 4."""
     unet_blocks: int = 2
     """Residual blocks of the U-Net at each size, on the way down and on the way up."""
+    image_attention: str = "bidirectional"
+    """What a patch sees of its own picture: "bidirectional" (all of it, the paper) or "causal" (the patches before
+    it: the ablation of arXiv 2408.11039, table 5)."""
     patch_positions: str = "none"
     """"none" (the paper: raster order through RoPE alone) or "learned" (one added vector per patch place)."""
     patch_skip: bool = False
@@ -82,6 +85,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("hidden_act", self.hidden_act, ("silu", "relu"))
         _one_of("prediction", self.prediction, ("epsilon", "velocity"))
+        _one_of("image_attention", self.image_attention, ("bidirectional", "causal"))
         _one_of("patch_positions", self.patch_positions, ("none", "learned"))
         _one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
         check_positive(self, "model config", _POSITIVE)
@@ -145,6 +149,11 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """Number of image elements P in one patch."""
         return self.image_channels * self.patch_size**2
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether every patch sees its whole picture."""
+        return self.image_attention == "bidirectional"
 
     @property
     def layout(self) -> Layout:

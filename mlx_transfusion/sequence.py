@@ -5,8 +5,9 @@ The model, the losses and the PyTorch path all read these arrays; none of them l
 Rules written down here (Transfusion, arXiv 2408.11039, section 3):
 
 * a document is BOS, its segments, EOS; every image is wrapped as BOI, its N patches, EOI;
-* attention is causal, bidirectional among the patches of the same image, and never crosses a document
-  or touches padding; a padding position sees itself alone, so that no query row is fully masked;
+* attention is causal, bidirectional among the patches of the same image (unless the model's `image_attention`
+  says otherwise), and never crosses a document or touches padding; a padding position sees itself alone, so that
+  no query row is fully masked;
 * the language-model loss predicts a text token from a text token. So there is no loss where the input is BOI
   (its successor is a patch), and none for EOI as a target: its predecessor is a patch, and the layout, not the
   model, decides how many patches an image has. EOI as an input does predict what follows it.
@@ -189,14 +190,15 @@ def _text_loss(
     return index, target, weight
 
 
-def attention_mask(document: np.ndarray, image: np.ndarray) -> np.ndarray:
+def attention_mask(document: np.ndarray, image: np.ndarray, bidirectional: bool = True) -> np.ndarray:
     """Who may look at whom. bool [B, 1, T, T], True where query i sees key j.
 
-    `document` and `image` are the arrays of PackedBatch, int32 [B, T].
+    `document` and `image` are the arrays of PackedBatch, int32 [B, T]; bidirectional: a patch sees its whole image,
+    else only what stands before it.
     """
     t = document.shape[1]
     causal = np.tril(np.ones((t, t), bool))
     same_document = (document[:, :, None] == document[:, None, :]) & (document[:, :, None] >= 0)
     same_image = (image[:, :, None] == image[:, None, :]) & (image[:, :, None] >= 0)
-    mask = same_document & (causal | same_image)
+    mask = same_document & (causal | same_image if bidirectional else causal)
     return (mask | np.eye(t, dtype=bool))[:, None]

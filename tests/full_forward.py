@@ -13,7 +13,9 @@ from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.sequence import PackedBatch, Segment
 
 
-def train_arrays(packed: PackedBatch, patches: np.ndarray, angle: np.ndarray) -> TrainArrays:
+def train_arrays(
+    packed: PackedBatch, patches: np.ndarray, angle: np.ndarray, bidirectional: bool = True
+) -> TrainArrays:
     """Noisy patches [M, N, P] at angles [M], with the logits of all B*T positions asked for."""
     return TrainArrays(
         ids=mx.array(packed.ids),
@@ -21,7 +23,7 @@ def train_arrays(packed: PackedBatch, patches: np.ndarray, angle: np.ndarray) ->
         patch_row=mx.array(packed.patch_row),
         patch_index=mx.array(packed.patch_index),
         text_index=mx.arange(packed.ids.size),
-        mask=mx.array(sequence.attention_mask(packed.document, packed.image)),
+        mask=mx.array(sequence.attention_mask(packed.document, packed.image, bidirectional)),
         patches=mx.array(patches),
         angle=mx.array(angle),
     )
@@ -36,7 +38,7 @@ def full_forward(
 ) -> tuple[np.ndarray, np.ndarray, PackedBatch]:
     """Logits [B, T, V] of all positions, predictions [M, N, P], and the packed batch."""
     packed = sequence.pack(documents, row_length)
-    logits, prediction = model(train_arrays(packed, patches, angle))
+    logits, prediction = model(train_arrays(packed, patches, angle, model.config.bidirectional))
     return np.array(logits).reshape(*packed.ids.shape, -1), np.array(prediction), packed
 
 

@@ -75,6 +75,7 @@ def test_pairs_of_a_document(tiny_config: ModelConfig) -> None:
     length = sequence.length(document)
     packed = sequence.pack([document], length)
     assert work_of(packed).pairs == document_pairs(length, n)
+    assert work_of(packed, bidirectional=False).pairs == document_pairs(length)
 
 
 @pytest.mark.parametrize("name", ["0.16b", "7b-unet"])

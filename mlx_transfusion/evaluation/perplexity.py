@@ -140,7 +140,7 @@ def _token_nats(model: Transfusion, packed: PackedBatch, patches: np.ndarray | N
         patch_row=mx.array(packed.patch_row),
         patch_index=mx.array(patch_index),
         text_index=mx.array(packed.text_index),
-        mask=mx.array(sequence.attention_mask(packed.document, packed.image)),
+        mask=mx.array(sequence.attention_mask(packed.document, packed.image, c.bidirectional)),
         patches=mx.array(patches),
         angle=mx.zeros((len(patches),)),
     )

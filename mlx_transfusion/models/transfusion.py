@@ -146,7 +146,11 @@ class Transfusion(PictureFamily):
         embedded = part.angle_embedding(angle, guidance)
         n, columns = x.shape[1], prefix[0][0].shape[2]
         seen = mx.arange(columns) < lengths[:, None]
-        mask = mx.concatenate([seen, mx.ones((x.shape[0], n), mx.bool_)], 1)[:, None, None]
+        own = mx.ones((n, n), mx.bool_) if self.config.bidirectional else mx.tril(mx.ones((n, n), mx.bool_))
+        shape = x.shape[0], n
+        mask = mx.concatenate(
+            [mx.broadcast_to(seen[:, None], (*shape, columns)), mx.broadcast_to(own, (*shape, n))], -1
+        )[:, None]
         tokens, skips = _patch_tokens(part, x, embedded)
         hidden, _ = self._run(part, tokens, mask, lengths, prefix)
         return part.patch_decoder(hidden, x, embedded, skips)
@@ -265,7 +269,8 @@ class Transfusion(PictureFamily):
     def _decode_image(self, part: Part, tokens: mx.array, cache: KVCache, store: bool) -> mx.array:
         """Hidden states of one picture's token vectors [B, N, D] behind the cache, and into it if `store`."""
         new = np.ones(tokens.shape[:2], bool)
-        return self._decode_tokens(part, tokens, cache.picture_mask(new), cache, new if store else None)
+        mask = cache.picture_mask(new) if self.config.bidirectional else cache.text_mask(new)
+        return self._decode_tokens(part, tokens, mask, cache, new if store else None)
 
     def _decode_tokens(
         self, part: Part, x: mx.array, mask: Mask, cache: KVCache, store: np.ndarray | None

@@ -23,17 +23,22 @@ BLOCK = 128
 """Side of FlexAttention's blocks."""
 
 
-def dense_mask(document: Tensor, image: Tensor) -> Tensor:
-    """The rule as booleans [B, 1, T, T]. document, image: the int arrays [B, T] of `PackedBatch`."""
+def dense_mask(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tensor:
+    """The rule as booleans [B, 1, T, T]. document, image: the int arrays [B, T] of `PackedBatch`.
+
+    bidirectional: a patch sees its whole picture, else only what stands before it.
+    """
     place = torch.arange(document.shape[1], device=document.device)
     query, key = place[:, None], place[None]
     same_document = (document[:, :, None] == document[:, None]) & (document[:, :, None] >= 0)
-    same_image = (image[:, :, None] == image[:, None]) & (image[:, :, None] >= 0)
+    same_image = (image[:, :, None] == image[:, None]) & (image[:, :, None] >= 0) & bidirectional
     return ((same_document & ((query >= key) | same_image)) | (query == key))[:, None]
 
 
-def block_mask(document: Tensor, image: Tensor) -> BlockMask:
-    """The same rule for FlexAttention. document, image: [B, T] as for `dense_mask`."""
+def block_mask(document: Tensor, image: Tensor, bidirectional: bool = True) -> BlockMask:
+    """The same rule for FlexAttention; the arguments are those of `dense_mask`."""
+    if not bidirectional:
+        image = torch.full_like(image, -1)
 
     def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = (document[b, query] == document[b, key]) & (document[b, query] >= 0)

@@ -65,7 +65,7 @@ def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bo
         patch_row=put(packed.patch_row),
         patch_index=put(patch_index),
         text_index=put(packed.text_index),
-        mask=make_mask(put(packed.document), put(packed.image)),
+        mask=make_mask(put(packed.document), put(packed.image), config.bidirectional),
         patches=trigflow.mix(x0, z, a),
         angle=angles,
     )

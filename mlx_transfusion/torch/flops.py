@@ -28,9 +28,12 @@ class Work:
     pictures: int
 
 
-def work_of(packed: PackedBatch, dense: bool = False) -> Work:
-    """The work of a packed batch. dense: as an attention computes that does not skip what the mask hides."""
-    mask = sequence.attention_mask(packed.document, packed.image)
+def work_of(packed: PackedBatch, dense: bool = False, bidirectional: bool = True) -> Work:
+    """The work of a packed batch. dense: as an attention computes that does not skip what the mask hides.
+
+    bidirectional: as `ModelConfig.bidirectional`.
+    """
+    mask = sequence.attention_mask(packed.document, packed.image, bidirectional)
     pairs = mask.size if dense else int(np.count_nonzero(mask))
     pictures = len(np.unique(packed.image[packed.image >= 0]))
     return Work(packed.ids.size, pairs, len(packed.text_index), pictures)

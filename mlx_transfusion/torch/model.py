@@ -90,7 +90,8 @@ class Transfusion(nn.Module):
         embedded = self.angle_embedding(angle, guidance)
         n, columns = x.shape[1], prefix[0][0].shape[2]
         seen = torch.arange(columns, device=x.device) < lengths[:, None]
-        mask = torch.cat([seen, seen.new_ones(x.shape[0], n)], 1)[:, None, None]
+        own = seen.new_ones(n, n) if self.config.bidirectional else seen.new_ones(n, n).tril()
+        mask = torch.cat([seen[:, None].expand(-1, n, -1), own.expand(len(x), n, n)], -1)[:, None]
         tokens, skips = self._patch_tokens(x, embedded)
         places = lengths[:, None, None] + torch.arange(n, device=x.device)
         hidden, _ = self._run(tokens, mask, places, prefix, plain)

@@ -88,7 +88,7 @@ def step_work(config: TrainConfig, model: ModelConfig, caption: int) -> Work:
                 f"a document of {length} tokens does not fit sequence_length {config.sequence_length}"
             )
         positions += count * length
-        pairs += count * document_pairs(length, patches)
+        pairs += count * document_pairs(length, patches if model.bidirectional else 0)
         targets += count * text
     return Work(positions, pairs, targets, pictures)
 

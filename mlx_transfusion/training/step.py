@@ -43,7 +43,7 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, 
         patch_row=mx.array(p.patch_row),
         patch_index=mx.array(p.patch_index),
         text_index=mx.array(p.text_index),
-        mask=mx.array(sequence.attention_mask(p.document, p.image)),
+        mask=mx.array(sequence.attention_mask(p.document, p.image, c.bidirectional)),
         patches=trigflow.mix(x0, z, per_patch),
         angle=angle,
     )
