@@ -16,6 +16,8 @@ FAMILIES: tuple[str, ...] = (
     "show_o2",
     "llama",
     "transfusion_pytorch",
+    "clip",
+    "inception",
     "autoencoder",
     "state_dict",
 )

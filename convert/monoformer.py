@@ -13,6 +13,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.clip_vision import ClipVisionConfig
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 
+from .clip import layer_entries, picture_entries
 from .coder import CODER, open_coder
 from .monoformer_config import read_config
 from .sources import Source
@@ -27,7 +28,6 @@ from .table import (
     Precision,
     linear,
     norm,
-    patch_matrix,
     reorder_columns,
     unused,
     vector,
@@ -92,37 +92,12 @@ def _layer(config: MonoFormerConfig, source: str, target: str) -> list[Entry]:
 
 def vision_entries(config: ClipVisionConfig) -> list[Entry]:
     """The table of CLIP's tower inside a checkpoint."""
-    d, patches = config.hidden_size, config.patches
-    embed = f"{TOWER}.embeddings"
-    table = [
-        vector(f"{embed}.class_embedding", "vision.class_embedding", d),
-        Entry(f"{embed}.patch_embedding.weight", "vision.patch_embedding.weight",
-              (d, 3, config.patch_size, config.patch_size), patch_matrix(d, 3, config.patch_size)),
-        Entry(f"{embed}.position_embedding.weight", "vision.position_embedding.weight", (patches + 1, d)),
-        unused(f"{embed}.position_ids", (1, patches + 1), "the numbers 0, 1, 2, ...", optional=True),
-        *norm(f"{TOWER}.pre_layrnorm", "vision.pre_layernorm", d, bias=True),
-    ]  # fmt: skip
     last = config.num_hidden_layers - 1
-    for i in range(last):
-        table += _clip_layer(config, f"{TOWER}.encoder.layers.{i}", f"vision.layers.{i}")
-    behind = _clip_layer(config, f"{TOWER}.encoder.layers.{last}", "")
-    behind += norm(f"{TOWER}.post_layernorm", "", d, bias=True)
+    table = picture_entries(config, TOWER, "vision", last)
+    behind = layer_entries(config, f"{TOWER}.encoder.layers.{last}", "")
+    behind += norm(f"{TOWER}.post_layernorm", "", config.hidden_size, bias=True)
     reason = "behind the features: the model reads those before CLIP's last layer"
     return table + [unused(entry.source, entry.shape, reason) for entry in behind]
-
-
-def _clip_layer(config: ClipVisionConfig, source: str, target: str) -> list[Entry]:
-    d, f = config.hidden_size, config.intermediate_size
-    sizes = {f"self_attn.{n}_proj": (d, d) for n in ("q", "k", "v", "out")}
-    sizes |= {"mlp.fc1": (f, d), "mlp.fc2": (d, f)}
-    table = [
-        entry
-        for name, (out, width) in sizes.items()
-        for entry in linear(f"{source}.{name}", f"{target}.{name}", out, width)
-    ]
-    for name in ("layer_norm1", "layer_norm2"):
-        table += norm(f"{source}.{name}", f"{target}.{name}", d, bias=True)
-    return table
 
 
 def detect(source: Source) -> bool:

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.clip_vision import ClipVisionConfig
 from mlx_transfusion.models.monoformer_config import MonoFormerConfig
 
+from .clip import read_vision
 from .sources import Source
 
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -89,20 +89,5 @@ def _read_vision(source: Source, data: dict[str, Any]) -> ClipVisionConfig | Non
         raise UserError(f"{file}: the sizes of CLIP are missing: put its folder into {source.folder} as clip")
     clip = source.json(name)
     clip = clip.get("vision_config", clip)
-    if clip.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(
-            f'{source.folder / name}: hidden_act is {clip["hidden_act"]!r}, expected "quick_gelu"'
-        )
-    keys = (
-        "image_size",
-        "patch_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-    )
-    fields = {key: _number(clip, key, source.folder / name) for key in keys}
-    fields |= {"layer_norm_eps": clip["layer_norm_eps"]} if "layer_norm_eps" in clip else {}
     said = source.json(str(Path(name).with_name("preprocessor_config.json")))
-    fields |= {key: said[key] for key in ("image_mean", "image_std") if key in said}
-    return from_dict(ClipVisionConfig, fields, str(source.folder / name))
+    return read_vision(clip, said, source.folder / name)

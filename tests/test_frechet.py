@@ -15,7 +15,7 @@ from tiny_evaluation import TRAIN, VAL, write_evaluation
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.evaluation import array_file, painters, set_distances
+from mlx_transfusion.evaluation import array_file, networks, painters
 from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
 from mlx_transfusion.evaluation.config import load_config
 from mlx_transfusion.evaluation.data import load_pairs
@@ -419,7 +419,7 @@ def test_command_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(set_distances, "default_extractor", Colors)
+    monkeypatch.setattr(networks, "default_extractor", Colors)
     common = ("evaluate", "--config", folder / "evaluate.toml", "--model", tiny_model_dir)
     result = cli(
         *common, "--frechet", "--quick", "--compare", tiny_model_dir, "--set", "compare.generation.steps=1",

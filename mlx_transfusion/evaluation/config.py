@@ -73,6 +73,11 @@ class EvaluationConfig:
     """jsonl of {"text"}: what the baselines are fitted to."""
     val_texts: str
     """jsonl of {"text"}: what perplexity is measured on."""
+    features: str | None = None
+    """Folder of an InceptionV3 or a CLIP that `convert` made, beside the TOML: by its features the sets of pictures
+    are compared. None: EfficientNet-Lite0."""
+    clip: str | None = None
+    """Folder of such a CLIP: painted pictures are compared with their captions. None leaves that out."""
     seed: int = 0
     description_tokens: int = 48
     """Longest description, in tokens."""
@@ -130,7 +135,16 @@ def load_config(
         raise UserError(
             f"{folder}: no such data folder: set {DATA_VARIABLE} to the folder that holds {config.train.rows}"
         )
-    other = config.compare.model
-    if other is not None and (path.parent / other).is_dir():
-        config = replace(config, compare=replace(config.compare, model=str(path.parent / other)))
-    return replace(config, data=str(folder))
+    other = _beside(path, config.compare.model)
+    return replace(
+        config,
+        data=str(folder),
+        compare=replace(config.compare, model=other),
+        features=_beside(path, config.features),
+        clip=_beside(path, config.clip),
+    )
+
+
+def _beside(path: Path, name: str | None) -> str | None:
+    """A folder beside the TOML, or the name as it is."""
+    return str(path.parent / name) if name is not None and (path.parent / name).is_dir() else name

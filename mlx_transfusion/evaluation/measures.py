@@ -11,10 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_transfusion.evaluation.baselines import LanguageModel, document_nats, fit_bigram, fit_unigram
+from mlx_transfusion.evaluation.cider import cider_d
 from mlx_transfusion.evaluation.config import EvaluationConfig
 from mlx_transfusion.evaluation.data import Pairs, choose
 from mlx_transfusion.evaluation.denoising import BUCKET_EDGES, denoising_errors
 from mlx_transfusion.evaluation.describing import describe_pictures
+from mlx_transfusion.evaluation.features import extract
+from mlx_transfusion.evaluation.networks import ClipFeatures
 from mlx_transfusion.evaluation.perplexity import (
     TextScores,
     caption_document,
@@ -22,6 +25,7 @@ from mlx_transfusion.evaluation.perplexity import (
     score_documents,
     text_document,
 )
+from mlx_transfusion.evaluation.picture_text import picture_text
 from mlx_transfusion.evaluation.retrieval import retrieve_captions, retrieve_pictures
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
 from mlx_transfusion.events import Step
@@ -46,11 +50,16 @@ class Split:
 
 
 def measure_pictures(
-    loaded: Loaded, config: EvaluationConfig, split: Split, progress: Progress
+    loaded: Loaded,
+    config: EvaluationConfig,
+    split: Split,
+    progress: Progress,
+    clip: ClipFeatures | None = None,
 ) -> dict[str, Any]:
     """Paint captions of the split and look for each picture among its references.
 
-    Caption i is painted with the seed config.seed + i, whatever else is painted.
+    Caption i is painted with the seed config.seed + i, whatever else is painted. clip: compares the pictures with
+    their captions as well, and the references beside them.
     """
     pairs, references = split.pairs, split.references
     chosen = choose(len(pairs), config.counts.pictures, config.seed, "pictures")
@@ -69,7 +78,8 @@ def measure_pictures(
         on_step,
     )
     own = chosen + split.offset
-    result = retrieve_pictures(np.stack([m.pixels for m in made]), own, references.pixels, references.family)
+    painted = np.stack([m.pixels for m in made])
+    result = retrieve_pictures(painted, own, references.pixels, references.family)
     items = [
         {
             "caption": references.captions[o],
@@ -83,7 +93,7 @@ def measure_pictures(
             own, result.nearest, result.exact, result.variant, result.cosine, result.rank, strict=True
         )
     ]
-    return {
+    out = {
         "count": len(chosen),
         "references": len(references),
         "exact": rate(result.exact, result.exact_chance, config.seed),
@@ -93,6 +103,12 @@ def measure_pictures(
         "median_rank": float(np.median(result.rank)),
         "items": items,
     }
+    if clip is not None:
+        captions = [pairs.captions[i] for i in chosen]
+        texts = clip.texts(captions)
+        for name, pixels in (("clip", painted), ("clip_of_references", pairs.pixels[chosen])):
+            out[name] = picture_text(extract(clip, pixels), texts, captions, config.seed)
+    return out
 
 
 def measure_descriptions(
@@ -119,9 +135,15 @@ def measure_descriptions(
             own, texts, result.nearest, result.match, result.right, result.variant, strict=True
         )
     ]
+    written = [
+        [c for n, c in zip(pairs.names, pairs.captions, strict=True) if n == pairs.names[i]] for i in chosen
+    ]
+    cider = cider_d(texts, written)
     return {
         "count": len(chosen),
         "references": len(references),
+        "cider_d": float(cider.mean()),
+        "cider_d_interval": list(bootstrap_interval(cider, seed=config.seed)),
         "match": rate(result.match, result.right_chance, config.seed),
         "right": rate(result.right, result.right_chance, config.seed),
         "variant": rate(result.variant, result.variant_chance, config.seed),

@@ -22,6 +22,7 @@ from mlx_transfusion.evaluation.measures import (
     measure_pictures,
     measure_text,
 )
+from mlx_transfusion.evaluation.networks import ClipFeatures
 from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.quantization import parameter_count
 from mlx_transfusion.settings import GenerationSettings, ResolvedSettings
@@ -72,6 +73,7 @@ def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Pro
     val = load_pairs(config, config.val, loaded.transfusion.config)
     train_texts = load_texts(config, config.train_texts, config.counts.baseline_texts)
     val_texts = load_texts(config, config.val_texts, config.counts.texts)
+    clip = None if config.clip is None else ClipFeatures(Path(config.clip))
     # Unseen pictures are looked for among all there are.
     splits = (Split("train", train, train, 0), Split("val", val, train + val, len(train)))
     seconds: dict[str, float] = {}
@@ -88,7 +90,8 @@ def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Pro
     for split in splits:
         name = split.name
         report["losses"][name] = timed(f"losses, {name}", measure_losses, loaded, config, split)
-        for kind, work in (("descriptions", measure_descriptions), ("pictures", measure_pictures)):
+        painting = partial(measure_pictures, clip=clip)
+        for kind, work in (("descriptions", measure_descriptions), ("pictures", painting)):
             label = f"{kind}, {name}"
             report[kind][name] = timed(label, work, loaded, config, split, partial(progress, label))
     report["text"] = timed("text", measure_text, loaded, config, train_texts, val_texts)

@@ -18,9 +18,10 @@ from mlx_transfusion.evaluation.array_file import ArrayFile, array_name, chunks
 from mlx_transfusion.evaluation.config import EvaluationConfig, load_config
 from mlx_transfusion.evaluation.data import Pairs, choose, load_pairs, shuffled
 from mlx_transfusion.evaluation.distances import compare_sets, frechet, kernel_distance
-from mlx_transfusion.evaluation.features import FeatureExtractor, default_extractor, extract
+from mlx_transfusion.evaluation.features import FeatureExtractor, extract
 from mlx_transfusion.evaluation.measures import Progress as Count
 from mlx_transfusion.evaluation.measures import rate
+from mlx_transfusion.evaluation.networks import load_extractor
 from mlx_transfusion.evaluation.painters import Painter, load_painters
 from mlx_transfusion.evaluation.report import (
     Progress,
@@ -80,8 +81,8 @@ def evaluate_distances(
 
     compare: a second model (before the config's `compare.model`), painted from the same captions and seeds
     with `compare.generation`; the report then has the ratios of the first model's distances to its. cache: a
-    .npz file that keeps painted pictures and features from run to run. extractor: EfficientNet-Lite0 unless
-    given. The other arguments are those of `report.evaluate`.
+    .npz file that keeps painted pictures and features from run to run. extractor: that of the
+    config's `features` unless given. The other arguments are those of `report.evaluate`.
 
     Every caption is painted with the seed config.seed + its row, as for retrieval. Each figure has an interval
     (`distances.halves`; the same halves for both models), and a floor: the distance of as many other real
@@ -93,7 +94,7 @@ def evaluate_distances(
     if output is not None:
         check_writable(Path(output))
     kept = ArrayFile(None if cache is None else Path(cache))
-    extractor = extractor or default_extractor()
+    extractor = extractor or load_extractor(None if config.features is None else Path(config.features))
     painters = load_painters(model_path, compare or config.compare.model, config, quick)
     start = time.perf_counter()
     report = _head(config, quick, extractor, painters)

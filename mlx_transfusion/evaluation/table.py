@@ -87,7 +87,28 @@ def _retrieval(report: dict[str, Any]) -> list[Row]:
     add("description is its own caption", "descriptions", "match")
     add("nearest caption is its own", "descriptions", "right")
     add("... or a variant's", "descriptions", "variant")
+    rows.append(
+        ["CIDEr-D of the description", *(_scored(p, "cider_d") for p in report["descriptions"].values())]
+    )
+    for key, what in (("clip", "painted"), ("clip_of_references", "real")):
+        parts = [p[key] for p in report["pictures"].values() if key in p]
+        if parts:
+            rows.append([f"CLIP score, {what} pictures", *(_scored(p, "clip_score") for p in parts)])
+            for title, way in (
+                ("caption of the picture", "text_of_picture"),
+                ("picture of the caption", "picture_of_text"),
+            ):
+                rows.append([f"... {title} among the k nearest", *(_recalls(p[way]) for p in parts)])
     return rows
+
+
+def _scored(part: dict[str, Any], key: str) -> str:
+    low, high = part[f"{key}_interval"]
+    return f"{part[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _recalls(recalls: dict[str, float]) -> str:
+    return ", ".join(f"R@{k} {rate:.1%}" for k, rate in recalls.items())
 
 
 def _denoising(report: dict[str, Any]) -> list[Row]:

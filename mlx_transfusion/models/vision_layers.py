@@ -68,7 +68,7 @@ class SquareVisionConfig:
 
 
 class VisionLayer(nn.Module):
-    """Attention of all tokens to all, and a feed-forward layer, each behind its norm."""
+    """Attention and a feed-forward layer, each behind its norm."""
 
     def __init__(self, config: VisionConfig | SquareVisionConfig, activation: Activation) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(d, eps)
         self.mlp = VisionMLP(d, config.intermediate_size, activation)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, N, D] -> [B, N, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x: mx.array, mask: str | None = None) -> mx.array:
+        """[B, N, D] -> [B, N, D]. mask: "causal" for CLIP's texts; None lets all tokens see all."""
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionAttention(nn.Module):
-    """Multi-head attention with biases and without a mask."""
+    """Multi-head attention with biases."""
 
     def __init__(self, d: int, heads: int) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(d, d)
         self.out_proj = nn.Linear(d, d)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, N, D] -> [B, N, D]."""
+    def __call__(self, x: mx.array, mask: str | None = None) -> mx.array:
+        """[B, N, D] -> [B, N, D]; mask as of `VisionLayer`."""
         b, n, d = x.shape
         q, k, v = (
             project(x).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(b, n, d))
 
 
