@@ -13,7 +13,7 @@ from mlx_transfusion.training.checkpoint import checkpoints
 from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.trainer import Trainer
 
-both_methods = pytest.mark.parametrize("method", ["scm", "ect"])
+both_methods = pytest.mark.parametrize("method", ["scm", "ect", "scm_hops"])
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:

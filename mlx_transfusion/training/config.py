@@ -78,7 +78,8 @@ class ConsistencyConfig:
     """A consistency model instead of a diffusion model: `distill`. Sections are those of arXiv 2410.11081."""
 
     method: str = "scm"
-    """"scm" (continuous time, arXiv 2410.11081) or "ect" (two points of a trajectory, arXiv 2406.14548)."""
+    """"scm" (continuous time, arXiv 2410.11081), "ect" (two points of a trajectory, arXiv 2406.14548), or "scm_hops"
+    ("scm" below an angle, hops of a fixed angle along the teacher's trajectory above it)."""
     teacher: str | None = None
     """A diffusion model to distil, which the student also starts from; None trains on the data alone."""
     guidance: float = 3.0
@@ -97,7 +98,11 @@ class ConsistencyConfig:
     """c of g / (|g| + c), with |g| the root mean square. Tangents well below it are left small: near pi/2, where g
     holds a factor cos(angle), a large c would leave nothing to learn from."""
     tangent_warmup: int = 200
-    """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once. "scm" alone."""
+    """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once. Not for "ect"."""
+    hops_above: float = 0.9
+    """Angle in radians from which "scm_hops" hops."""
+    hop: float = 0.35
+    """Length of a hop in radians. "scm_hops" alone."""
     gap_stages: int = 8
     """Equal parts of the run at whose ends the gap between both points shrinks. "ect" alone, as the next."""
     gap_factor: float = 2.0
@@ -277,7 +282,9 @@ _LIMITS: dict[str, tuple[float, float]] = {
          "data.source_drop", "optimizer.final_fraction",
          "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
     **dict.fromkeys(
-        ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles"), (0, math.pi / 2)),
+        ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles",
+         "consistency.hops_above"), (0, math.pi / 2)),
+    "consistency.hop": (0.01, math.pi / 2),
     "consistency.gap_factor": (2, math.inf),
     "adapter.rank": (1, math.inf),
     "adapter.layers": (-1, math.inf),
@@ -289,7 +296,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "diffusion.distribution": ("uniform", "tan_lognormal"),
-    "consistency.method": ("scm", "ect"),
+    "consistency.method": ("scm", "ect", "scm_hops"),
     "consistency.student": ("full", "painter"),
     "consistency.tangent": ("normalize", "clip", "none"),
     "adapter.type": ("lora", "dora"),

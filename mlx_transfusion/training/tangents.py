@@ -1,7 +1,8 @@
-"""The two ways to tell a picture's network output where to go: sCM's derivative and ECT's pair of points.
+"""The ways to tell a picture's network output where to go: sCM's derivative, ECT's pair of points, or sCM's
+derivative at small angles with hops of a fixed angle above them.
 
-Both give the output F with its gradient and a direction for it. Everything else of a consistency step (prefixes,
-the teacher, the learned weight, the text loss, the signals) is the same for both.
+All give the output F with its gradient and a direction for it. Everything else of a consistency step (prefixes,
+the teacher, the learned weight, the text loss, the signals) is the same for all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_transfusion import consistency, easy_consistency
+from mlx_transfusion import angle_hops, consistency, easy_consistency, trigflow
 from mlx_transfusion.training.config import ConsistencyConfig
 
 
@@ -91,6 +92,31 @@ class EasyTuning:
         return Tangent(here, raw, rescaled, quotient)
 
 
+class ContinuousBelow(ContinuousTime):
+    """sCM below an angle, discrete hops of the same trajectory above it.
+
+    Information enters at angle 0. Above some angle a derivative compares the network with untrained values of its
+    own for longer than a small run lasts; a hop lands where the derivative has been at work.
+    """
+
+    def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
+        """g = cos(a) df/da below `hops_above`, d of `angle_hops` from it on; one pass gives F for both."""
+        s = self._settings
+        below = super().tangent(network, at, pace)
+        to = angle_hops.hop(*at, s.hop)
+        there = mx.stop_gradient(network(to.x, to.angle))
+        d = angle_hops.tangent(below.network, there, at.x, at.angle, to)
+        above = trigflow.per_image(at.angle >= s.hops_above, at.x)
+        return Tangent(
+            below.network,
+            mx.where(above, d, below.raw),
+            mx.where(above, easy_consistency.rescale(d, s.tangent, s.tangent_constant), below.rescaled),
+            mx.where(above, mx.zeros_like(d), below.derivative),
+        )
+
+
 def method_of(settings: ConsistencyConfig, steps: int) -> Method:
     """The method that a run of `steps` asks for."""
-    return EasyTuning(settings, steps) if settings.method == "ect" else ContinuousTime(settings)
+    if settings.method == "ect":
+        return EasyTuning(settings, steps)
+    return ContinuousBelow(settings) if settings.method == "scm_hops" else ContinuousTime(settings)

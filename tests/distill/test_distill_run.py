@@ -24,7 +24,7 @@ from mlx_transfusion.training.trainer import Trainer, train
 # ---- the loop ----
 
 
-@pytest.mark.parametrize(("method", "recorded"), [("scm", "scd"), ("ect", "ect")])
+@pytest.mark.parametrize(("method", "recorded"), [("scm", "scd"), ("ect", "ect"), ("scm_hops", "scm_hops")])
 def test_a_run_saves_a_consistency_model(config: MakeConfig, method: str, recorded: str) -> None:
     run = config(
         f"consistency.method={method}",
@@ -149,7 +149,10 @@ def test_watch_names_the_first_signal() -> None:
     ("change", "message"),
     [
         (("consistency.tangent=normalise",), 'consistency.tangent is "normalise", expected one of normalize'),
-        (("consistency.method=meanflow",), 'consistency.method is "meanflow", expected one of scm, ect'),
+        (
+            ("consistency.method=meanflow",),
+            'consistency.method is "meanflow", expected one of scm, ect, scm_hops',
+        ),
         (("consistency.gap_factor=1.5",), "consistency.gap_factor is 1.5, expected 2"),
         (("consistency.gap_stages=20",), "to the power of gap_stages 20"),
         (("consistency.guidance=-1",), "consistency.guidance is -1"),
