@@ -253,6 +253,7 @@ def test_finetune_and_use_it(
         p.name for p in out.iterdir()
     }
     assert load(out).config.painter  # type: ignore[union-attr]
+    assert [p.name for p in sorted((out / "samples").iterdir())] == ["step-00000000.png", "step-00000003.png"]
     last = max((out / "checkpoints").iterdir())
     before, after = (flat_parameters(load(path).model) for path in (last, out))
     assert all(np.array_equal(np.array(before[key]), np.array(after[key])) for key in after)
@@ -273,6 +274,26 @@ def test_a_full_fine_tune_gives_a_whole_model(album: Path, model: Path, tmp_path
     assert not np.array_equal(*(
         np.array(flat_parameters(load(p).model)["layers.0.mlp.up_proj.weight"]) for p in (model, last)
     ))  # fmt: skip
+
+
+def test_the_result_is_the_best_by_validation(
+    album: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": "a.png", "text": "red square"}, {"image": "more/b.jpg", "text": "a blue square"}]
+    write_jsonl(album / "train.jsonl", rows)
+    out, toml = tmp_path / "out", tmp_path / "f.toml"
+    toml.write_text("valid_every = 1")
+    flags = ["finetune", toml, "--model", model, "--data", album, "-o", out, "--iters", 40, "--patience", 1]
+    assert run(*flags) == 2
+    assert "patience needs pictures to validate on: put valid.jsonl" in capsys.readouterr().err
+    write_jsonl(album / "valid.jsonl", rows[:1])
+    assert run(*flags, "--learning-rate", 3) == 0
+    record = json.loads((out / "best" / "best.json").read_text())
+    last = max((out / "checkpoints").iterdir())
+    assert int(last.name.split("-")[1]) == record["step"] + 1 < 40
+    best, result, end = (flat_parameters(load(p).model) for p in (out / "best", out, last))
+    assert all(np.array_equal(np.array(best[key]), np.array(result[key])) for key in best)
+    assert not all(np.array_equal(np.array(best[key]), np.array(end[key])) for key in best)
 
 
 def test_check_trains_nothing(

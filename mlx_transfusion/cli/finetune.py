@@ -81,6 +81,10 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="100")
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many validations without a better one.", show_default="never"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0")] = None,
     resume: Resume = True,
     check: Annotated[
@@ -104,7 +108,8 @@ def finetune(
         "layers": layers, "targets": targets, "image_only": image_only, "quantize": quantize,
         "learning_rate": learning_rate, "iters": iters, "batch_size": batch_size, "accumulate": accumulate,
         "grad_checkpoint": grad_checkpoint, "caption": caption, "prior": prior, "prior_share": prior_share,
-        "previews": preview, "preview_every": preview_every, "save_every": save_every, "seed": seed,
+        "previews": preview, "preview_every": preview_every, "save_every": save_every, "patience": patience,
+        "seed": seed,
     }  # fmt: skip
     settings = read_finetune_config(config, flags)
     plan = run.make_plan(settings, write=not check)

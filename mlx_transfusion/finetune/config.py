@@ -25,6 +25,8 @@ from mlx_transfusion.training.config import (
 DEFAULT_MODEL = "emoji"
 TYPES = ("lora", "dora", "full")
 LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}
+BEST_BY = "valid_image_loss"
+"""The validation number whose lowest value makes the result."""
 LENGTH_MULTIPLE = 16
 BOS_EOS = 2
 
@@ -65,6 +67,8 @@ class FinetuneConfig:
     """Prompts to paint every `preview_every` steps."""
     preview_every: int = 100
     valid_every: int = 50
+    patience: int = 0
+    """Validations without a lower image loss after which the run stops early; 0 never stops it."""
     save_every: int = 100
     seed: int = 0
 
@@ -120,6 +124,10 @@ def train_config(
     if prior is not None:
         train.append(_source(prior, config.prior_share))
     valid = (_source(rows["valid"]),) if "valid" in rows else ()
+    if config.patience and not (valid and config.valid_every):
+        raise UserError(
+            f"finetune: patience needs pictures to validate on: put valid.jsonl beside train.jsonl in {config.data}"
+        )
     return TrainConfig(
         output=config.output,
         tokenizer=str(resolve(config.model)),
@@ -137,6 +145,8 @@ def train_config(
         gradient_checkpointing=config.grad_checkpoint,
         ema=0.99,
         valid_every=config.valid_every if valid else 0,
+        best_by=BEST_BY if valid and config.valid_every else "",
+        patience=config.patience,
         save_every=config.save_every,
         diffusion=DiffusionConfig(high_noise_share=(0.25, 0.25)),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=min(20, config.iters), weight_decay=0.0),

@@ -19,6 +19,7 @@ from mlx_transfusion.model_files import write_json
 from mlx_transfusion.model_io import load_config
 from mlx_transfusion.model_path import ADAPTER_CONFIG, is_adapter, resolve
 from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.best import FOLDER as BEST_FOLDER
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.rows import ImageRef
 
@@ -82,8 +83,8 @@ def finetune(
 ) -> Path:
     """Train and return the folder that holds the result: an adapter, or a whole model after type "full".
 
-    plan: of `make_plan`, when it is known already. Raises UserError for bad input and, unless `ignore_memory`, when
-    the machine has too little memory.
+    With validation data it is the best by validation, else the last. plan: of `make_plan`, when it is known already.
+    Raises UserError for bad input and, unless `ignore_memory`, when the machine has too little memory.
     """
     from mlx_transfusion.training.trainer import train
 
@@ -91,13 +92,15 @@ def finetune(
     if not ignore_memory:
         check_memory(plan.estimate, plan.config)
     last = train(plan.config, resume=resume)
+    best = Path(config.output) / BEST_FOLDER
+    chosen = best if plan.config.best_by and best.is_dir() else last
     if config.type == "full":
-        return last
-    return _export(last, Path(config.output), config.model)
+        return chosen
+    return _export(chosen, Path(config.output), config.model)
 
 
 def _export(checkpoint: Path, target: Path, model: str) -> Path:
-    """Copy the adapter of the last checkpoint to the output folder itself, its base's place made right."""
+    """Copy the adapter of a checkpoint to the output folder itself, its base's place made right."""
     for name in (lora.ADAPTER_FILE,):
         temporary = target / f".{name}.partial"
         shutil.copyfile(checkpoint / name, temporary)

@@ -208,6 +208,10 @@ class TrainConfig:
     valid_batches: int = 4
     save_every: int = 500
     keep: int = 2
+    best_by: str = ""
+    """Name of the validation number, e.g. "valid_image_loss", by whose lowest value OUTPUT/best is kept."""
+    patience: int = 0
+    """Validations without a lower `best_by` after which the run stops; 0 never stops it."""
     """Number of checkpoints kept."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -247,6 +251,10 @@ class TrainConfig:
             raise UserError(
                 'training config: consistency.student "painter" needs a teacher or init to stand beside'
             )
+        if self.patience and not self.best_by:
+            raise UserError("training config: patience needs best_by, the validation number to wait for")
+        if self.best_by and not self.valid_every:
+            raise UserError("training config: best_by needs valid_every: how often to validate")
         if self.adapter is not None and (self.init is None or self.consistency is not None):
             raise UserError(
                 "training config: [adapter] needs init, the model that it is added to, and no [consistency]"
@@ -272,7 +280,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
         ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep",
          "valid_batches", "data.threads", "consistency.gap_stages"), (1, math.inf)),
     **dict.fromkeys(
-        ("valid_every", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
+        ("valid_every", "patience", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
          "optimizer.clip", "consistency.guidance", "consistency.tangent_warmup",
          "consistency.tangent_constant",

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_transfusion.errors import UserError
 
 MAY_CHANGE = re.compile(
-    r"(output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|accumulate|compile"
+    r"(output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|best_by|patience|accumulate|compile"
     r"|gradient_checkpointing)|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows|latents|autoencoder)\b.*"
     r"|data\.train\.\d+\.(rows|images)"
 )

@@ -30,6 +30,7 @@ from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
+from mlx_transfusion.training.best import Best, write_best
 from mlx_transfusion.training.config import TrainConfig, model_config
 from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.data import DataSet
@@ -111,6 +112,7 @@ class Trainer:
         self.optimizer.init(weights)
         self.state = ckpt.TrainState(0, weights, tree_map(lambda w: w, self.step.model_weights(weights)))
         self.watch = Watch()
+        self.best = Best(config.best_by, config.patience)
 
     @property
     def is_main(self) -> bool:
@@ -145,6 +147,7 @@ class Trainer:
         trained = self.step.model_weights(state.weights)
         self.state = dataclasses.replace(state, ema={name: state.ema[name] for name in trained})
         self.model.update(self.step.model_weights(self.state.weights))
+        self.best = self.best.restore(record.get("best"))
         self.step = self._new_step()  # compiled over the restored state
         return True
 
@@ -170,8 +173,10 @@ class Trainer:
         self, loader: ThreadPoolExecutor, interrupt: Interrupt, progress: Progress, log: MetricsLog | None
     ) -> None:
         steps = self.config.steps
+        if self.state.step == 0 and self.config.start and self.config.sample.every and self.is_main:
+            self._sample_grid()  # what it starts from, to compare with
         ahead: Future[Loaded] | None = None
-        while self.state.step < steps:
+        while self.state.step < steps and not self.best.stop:
             n = self.state.step
             loaded = ahead.result() if ahead else self._load(n)
             ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
@@ -287,10 +292,26 @@ class Trainer:
             progress.note(f"step {n}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
             if log is not None:
                 log.write(n, values)
+            self._keep_best(values, progress)
         if c.sample.every and n % c.sample.every == 0 and self.is_main:
             self._sample_grid()
         if n % c.save_every == 0 and n < c.steps and self.watch.calm:
             self._save()
+
+    def _keep_best(self, values: dict[str, float], progress: Progress) -> None:
+        """Save the averaged weights when validation says that they are the best so far."""
+        self.best = self.best.observe(self.state.step, values)
+        if self.best.step == self.state.step and self.is_main:
+            extra = _objective(self.config, self.teacher)
+            with self._averaged():
+                write_best(
+                    self.output, self.best, lambda to: self.step.save(to, self.model, self.tokenizer, extra)
+                )
+        if self.best.stop:
+            progress.note(
+                f"stopped: {self.best.metric} was lowest ({self.best.value:.4f}) at step {self.best.step}, and the "
+                f"last {self.best.since} validations were not better"
+            )
 
     def _validate(self) -> dict[str, float]:
         """Losses of the EMA weights on fixed validation batches, per modality."""
@@ -316,7 +337,7 @@ class Trainer:
         folder = self.output / "checkpoints"
         path = folder / f"{ckpt.PREFIX}{self.state.step:08d}"
         if self.is_main:
-            record = {"config": self.config.to_dict()}
+            record = {"config": self.config.to_dict(), "best": self.best.record()}
             path = ckpt.save_checkpoint(
                 folder,
                 self.state,
