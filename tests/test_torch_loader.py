@@ -73,7 +73,7 @@ def test_bad_data_is_told_in_one_line(workers: int, toml: Path, monkeypatch: pyt
         raise UserError("pictures.tar: cut off inside red.png")
 
     monkeypatch.setattr(DataSet, "batch", broken)
-    with pytest.raises(UserError, match="^pictures.tar: cut off inside red.png$"):
+    with pytest.raises(UserError, match=r"^pictures\.tar: cut off inside red\.png$"):
         list(loader.steps(0, workers))
 
 
