@@ -18,8 +18,9 @@ from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import checkpoint as ckpt  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
 from mlx_transfusion.torch.folder import read_weights  # noqa: E402
+from mlx_transfusion.torch.machines import Machines  # noqa: E402
 from mlx_transfusion.torch.parallel import processes  # noqa: E402
-from mlx_transfusion.torch.trainer import Machines, train  # noqa: E402
+from mlx_transfusion.torch.trainer import train  # noqa: E402
 from mlx_transfusion.training.config import load_train_config  # noqa: E402
 
 

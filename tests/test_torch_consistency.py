@@ -25,8 +25,9 @@ from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import consistency as theirs  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
+from mlx_transfusion.torch.machines import Machines  # noqa: E402
 from mlx_transfusion.torch.parallel import processes  # noqa: E402
-from mlx_transfusion.torch.trainer import Machines, Trainer, train  # noqa: E402
+from mlx_transfusion.torch.trainer import Trainer, train  # noqa: E402
 from mlx_transfusion.training.config import load_train_config  # noqa: E402
 from mlx_transfusion.training.trainer import train as train_with_mlx  # noqa: E402
 

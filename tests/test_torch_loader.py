@@ -31,6 +31,9 @@ class Packs:
     def load(self, data: DataSet, documents: Any) -> Any:
         return data.batch(documents)
 
+    def flops(self, batch: Any) -> float:
+        return 0.0
+
 
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-transfusion[torch]')")
@@ -18,7 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_tools import make_batch, objective  # noqa: E402
 
+from mlx_transfusion import sequence  # noqa: E402
 from mlx_transfusion.config import PRESETS, ModelConfig, preset  # noqa: E402
+from mlx_transfusion.sequence import Image, Text  # noqa: E402
 from mlx_transfusion.torch import memory as mem  # noqa: E402
 from mlx_transfusion.torch.batch import to_example  # noqa: E402
 from mlx_transfusion.torch.dry_run import dry_run  # noqa: E402
@@ -67,15 +70,21 @@ def test_operations_within_two_percent(changes: dict[str, Any], tiny_config: Mod
 
 
 def test_pairs_of_a_document(tiny_config: ModelConfig) -> None:
-    from mlx_transfusion import sequence
-    from mlx_transfusion.sequence import Image, Text
-
     n = tiny_config.patches_per_image
     document = sequence.document([Text((7, 8, 9)), Image(0, n)], tiny_config)
     length = sequence.length(document)
     packed = sequence.pack([document], length)
     assert work_of(packed).pairs == document_pairs(length, n)
     assert work_of(packed, bidirectional=False).pairs == document_pairs(length)
+
+
+def test_pairs_are_those_of_the_mask(tiny_config: ModelConfig) -> None:
+    packed = make_batch(tiny_config).packed
+    mask = sequence.attention_mask(packed.document, packed.image)
+    padding = int((packed.document < 0).sum())  # which sees itself, and is no work
+    assert padding > 0
+    assert work_of(packed).pairs == np.count_nonzero(mask) - padding
+    assert work_of(packed).positions == mask.shape[0] * mask.shape[-1] - padding
 
 
 @pytest.mark.parametrize("name", ["0.16b", "7b-unet"])

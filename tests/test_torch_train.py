@@ -21,9 +21,13 @@ from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import checkpoint as ckpt  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
+from mlx_transfusion.torch.flops import step_flops, work_of  # noqa: E402
+from mlx_transfusion.torch.guard import WINDOW, Guard  # noqa: E402
+from mlx_transfusion.torch.loader import Loader  # noqa: E402
+from mlx_transfusion.torch.machines import Machines, peak_of_name  # noqa: E402
 from mlx_transfusion.torch.parallel import processes  # noqa: E402
 from mlx_transfusion.torch.step import Step  # noqa: E402
-from mlx_transfusion.torch.trainer import Machines, Trainer, train  # noqa: E402
+from mlx_transfusion.torch.trainer import Trainer, train  # noqa: E402
 from mlx_transfusion.training.config import load_train_config  # noqa: E402
 from mlx_transfusion.training.trainer import train as train_with_mlx  # noqa: E402
 
@@ -49,7 +53,8 @@ def run(toml: Path, world: Any, output: Path, *changes: str, **machines: Any) ->
 
 def metrics(output: Path) -> list[dict[str, float]]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(s).items() if k != "tokens_per_second"} for s in lines]
+    varies = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in json.loads(s).items() if k not in varies} for s in lines]
 
 
 def trained(checkpoint: Path, target: Path, which: str = "average") -> dict[str, np.ndarray]:
@@ -127,6 +132,43 @@ def test_steps_that_are_not_finite_are_left_out(
     Poisoned.bad = range(1, 6)
     with pytest.raises(UserError, match=r"step 4: not finite .* for 3 steps in a row"):
         run(toml, world, tmp_path / "b", max_skipped=3)
+
+
+def test_a_jump_is_left_out_and_remembered(world: Any) -> None:
+    guard = Guard(world, max_skipped=2, spike=6.0)
+    for i in range(WINDOW):
+        assert guard.fault(2 + 0.01 * (i % 3), 1.0 + 0.1 * (i % 2)) is None
+        guard.accept(2 + 0.01 * (i % 3), 1.0 + 0.1 * (i % 2))
+    again = Guard(world, max_skipped=2, spike=6.0)
+    again.restore(json.loads(json.dumps(guard.recent)))
+    for one in (guard, again):
+        assert one.fault(2.03, 1.2) is None
+        assert "loss 2.2 jumped" in (one.fault(2.2, 1.0) or "")
+        assert "gradient norm 3 jumped" in (one.fault(2.0, 3.0) or "")
+        assert "skipped" in one.skip(7, "a fault")
+        with pytest.raises(UserError, match="step 8: a fault, for 2 steps in a row"):
+            one.skip(8, "a fault")
+    assert Guard(world, 2, 0.0).fault(1e9, 1e9) is None
+    young = Guard(world, 2, 6.0)
+    young.accept(1.0, 1.0)
+    assert young.fault(9.0, 9.0) is None
+
+
+def test_mfu_is_the_share_of_the_operations_that_the_documents_need(
+    toml: Path, world: Any, tmp_path: Path
+) -> None:
+    run(toml, world, tmp_path, "steps=1", peak_flops=1e9)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(lines[0])
+    config = load_train_config(toml, [f"output={tmp_path / 'b'}"])
+    trainer = Trainer(config, Machines(peak_flops=1e9), world)
+    loaded = Loader(trainer.train_data, trainer.step, config, 0, 1).load(0)
+    tokens = sum(b.tokens for b in loaded.parts)
+    assert loaded.flops == sum(step_flops(trainer.model.config, work_of(b.packed)) for b in loaded.parts) > 0
+    assert found["mfu"] == pytest.approx(loaded.flops / 1e9 * found["tokens_per_second"] / tokens, rel=1e-9)
+    assert peak_of_name("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of_name("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of_name("Abacus 1000") is None
 
 
 def test_bad_requests(toml: Path, world: Any, tmp_path: Path) -> None:

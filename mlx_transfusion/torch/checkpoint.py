@@ -14,7 +14,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ class Progress:
     updates: int = 0
     """Steps that changed the weights."""
     skipped: int = 0
-    """Steps that were left out because something was not finite."""
+    """Steps that were left out because something was not finite or jumped."""
+    recent: list[tuple[float, float]] = field(default_factory=list)
+    """What a jump is measured against (`guard.Guard`)."""
 
 
 def training_state(

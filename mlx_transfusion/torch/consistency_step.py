@@ -117,6 +117,10 @@ class ConsistencyStep(Step):
         """(text-loss tokens, pictures in the loss) of a document."""
         return count(data, document)
 
+    def flops(self, batch: Any) -> float:
+        """0: the passes of a distillation are not counted."""
+        return 0.0
+
     def backward(self, batch: Any, text_total: int, image_total: int, step: int) -> Tensor:
         """Add this part's gradients; returns its summed losses [text, image]."""
         pictures = self._pictures(batch)

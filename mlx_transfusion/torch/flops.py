@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_transfusion import sequence
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.sequence import PackedBatch
 
@@ -20,7 +19,6 @@ class Work:
     """What a step computes on, over all of its rows."""
 
     positions: int
-    """Positions of the rows, with padding."""
     pairs: int
     """Pairs of a query and a key it may look at."""
     text_targets: int
@@ -29,14 +27,27 @@ class Work:
 
 
 def work_of(packed: PackedBatch, dense: bool = False, bidirectional: bool = True) -> Work:
-    """The work of a packed batch. dense: as an attention computes that does not skip what the mask hides.
+    """The work that a packed batch's documents need. bidirectional: as `ModelConfig.bidirectional`.
 
-    bidirectional: as `ModelConfig.bidirectional`.
+    dense: all that is computed, padding too, by an attention that does not skip what the mask hides.
     """
-    mask = sequence.attention_mask(packed.document, packed.image, bidirectional)
-    pairs = mask.size if dense else int(np.count_nonzero(mask))
     pictures = len(np.unique(packed.image[packed.image >= 0]))
-    return Work(packed.ids.size, pairs, len(packed.text_index), pictures)
+    if dense:
+        rows, length = packed.ids.shape
+        return Work(packed.ids.size, rows * length**2, len(packed.text_index), pictures)
+    return Work(packed.tokens, visible_pairs(packed, bidirectional), int(packed.text_weight.sum()), pictures)
+
+
+def visible_pairs(packed: PackedBatch, bidirectional: bool = True) -> int:
+    """Pairs of positions that the mask lets through, without padding: counted by runs, not on a T*T array."""
+    row = np.arange(len(packed.ids))[:, None]
+    documents = (packed.document + row * (packed.document.max() + 1))[packed.document >= 0]
+    lengths = np.unique(documents, return_counts=True)[1]
+    pairs = (lengths * (lengths + 1) // 2).sum()
+    if bidirectional:
+        patches = np.unique(packed.image[packed.image >= 0], return_counts=True)[1]
+        pairs += (patches * (patches - 1) // 2).sum()
+    return int(pairs)
 
 
 def document_pairs(length: int, patches: int = 0) -> int:

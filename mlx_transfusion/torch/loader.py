@@ -31,6 +31,8 @@ class Loaded:
     text_total: int
     image_total: int
     tokens: int
+    flops: float
+    """Operations that these documents need (`flops.step_flops`); 0 where they are not counted."""
 
 
 class Loader(Dataset):
@@ -49,7 +51,11 @@ class Loader(Dataset):
             for part in range(c.accumulate)
         ]
         return Loaded(
-            parts, sum(t for t, _ in totals), sum(i for _, i in totals), sum(b.tokens for b in parts)
+            parts,
+            sum(t for t, _ in totals),
+            sum(i for _, i in totals),
+            sum(b.tokens for b in parts),
+            sum(self.step.flops(b) for b in parts),
         )
 
     def __getitem__(self, step: int) -> Loaded | UserError:

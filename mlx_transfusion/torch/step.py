@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlx_transfusion.torch import losses
 from mlx_transfusion.torch.batch import to_example
+from mlx_transfusion.torch.flops import step_flops, work_of
 from mlx_transfusion.torch.model import Transfusion
 from mlx_transfusion.torch.parallel import World
 from mlx_transfusion.training.config import TrainConfig
@@ -29,6 +30,11 @@ class Step:
     def count(self, data: DataSet, document: Document) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document: its part of the step's totals."""
         return data.count(document)
+
+    def flops(self, batch: Any) -> float:
+        """Operations that the documents of a part need, forward and backward (numpy only); 0: not counted."""
+        config = self.model.config
+        return step_flops(config, work_of(batch.packed, bidirectional=config.bidirectional))
 
     def backward(self, batch: Any, text_total: int, image_total: int, step: int) -> Tensor:
         """Add this part's gradients to the weights; returns its summed losses [text, image].

@@ -33,8 +33,9 @@ def _train(given: argparse.Namespace) -> str:
         import torch
     except ImportError as error:
         raise UserError("PyTorch is not installed: pip install 'mlx-transfusion[torch]'") from error
+    from mlx_transfusion.torch.machines import Machines
     from mlx_transfusion.torch.parallel import processes
-    from mlx_transfusion.torch.trainer import Machines, train
+    from mlx_transfusion.torch.trainer import train
     from mlx_transfusion.training.config import load_train_config
 
     config = load_train_config(given.config, given.set)
@@ -49,6 +50,8 @@ def _train(given: argparse.Namespace) -> str:
         recompute_every=given.recompute_every,
         max_skipped=given.max_skipped,
         workers=given.workers,
+        spike=given.spike,
+        peak_flops=given.peak_flops,
     )
     with processes() as world:
         return str(train(config, machines, world, given.resume))
@@ -71,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--recompute-every", type=int, default=1, metavar="N",
          help="with gradient_checkpointing, recompute every n-th block")  # fmt: skip
     flag("--max-skipped", type=int, default=10, metavar="K",
-         help="stop after K steps in a row that are not finite")  # fmt: skip
+         help="stop after K steps in a row that are not finite or jumped")  # fmt: skip
+    flag("--spike", type=float, default=0.0, metavar="S",
+         help="skip a step whose loss or gradient norm is S standard deviations too high; 0: none")  # fmt: skip
+    flag("--peak-flops", type=float, metavar="F",
+         help="operations a second of one GPU, for mfu; default: by the GPU's name")  # fmt: skip
     flag("--workers", type=int, default=0, metavar="N",
          help="processes that read data ahead, beside each training process; 0: a thread")  # fmt: skip
     return parser

@@ -6,13 +6,11 @@ noise are functions of (seed, step), and a run resumes on any number of processe
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.torch import checkpoint as ckpt
+from mlx_transfusion.torch.guard import Guard
 from mlx_transfusion.torch.loader import Loaded, Loader
+from mlx_transfusion.torch.machines import Machines, peak_of
 from mlx_transfusion.torch.optimizer import Average, clip, local, make_optimizer, set_updates
 from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, synchronise
 from mlx_transfusion.torch.start import new_model, run_config
@@ -36,27 +36,6 @@ from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.progress import Progress as Bar
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
-
-
-@dataclass(frozen=True)
-class Machines:
-    """How a run uses its machines: nothing in here changes what is learned."""
-
-    attention: str = "auto"
-    """"dense", "flex", or "auto": flex on CUDA."""
-    compile: bool = False
-    """torch.compile of every decoder block."""
-    background_save: bool = False
-    replicas: int = 1
-    """Copies of the sharded model (hybrid sharding); gradients are averaged between them."""
-    reshard: bool = True
-    """Free a block's gathered weights behind its forward pass."""
-    recompute_every: int = 1
-    """With gradient_checkpointing: every n-th block is recomputed in the backward pass."""
-    max_skipped: int = 10
-    """Steps in a row that may be skipped because something is not finite."""
-    workers: int = 0
-    """Processes that read data ahead, beside each training process; 0 is a thread."""
 
 
 class Trainer:
@@ -86,7 +65,8 @@ class Trainer:
         self.progress = ckpt.Progress()
         record = run_config(config, self.model.config, self.step.extra_tables())
         self.saver = ckpt.Saver(self.folder, config.keep, record, machines.background_save)
-        self._bad_in_a_row = 0
+        self.guard = Guard(world, machines.max_skipped, machines.spike)
+        self.peak_flops = peak_of(world, machines.peak_flops)
 
     def _data_set(self, sources: Any, stream: str) -> DataSet:
         c = self.config
@@ -117,6 +97,7 @@ class Trainer:
         check_same_run(then.to_dict(), self.config.to_dict(), path)
         ckpt.restore(path, ckpt.training_state(self.trained, self.optimizer, self.average))
         self.progress = ckpt.Progress(record["step"], record["updates"], record["skipped"])
+        self.guard.restore(record.get("recent", []))
         set_updates(self.optimizer, self.progress.updates)
         if self.world.is_main:
             print(f"resumed from {path} ({record['world']} processes wrote it)", file=sys.stderr)
@@ -141,37 +122,44 @@ class Trainer:
 
     def _loop(self, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> None:
         loader = Loader(self.train_data, self.step, self.config, self.world.rank, self.world.size)
+        start = time.perf_counter()
         for loaded in loader.steps(self.progress.step, self.machines.workers):
-            stop = self._train_step(loaded, interrupt, bar, log)
+            stop = self._train_step(loaded, start, interrupt, bar, log)
             self._after_step(bar, log)
             if stop:
                 self._save(wait=True)
                 raise KeyboardInterrupt
+            start = time.perf_counter()  # waiting for data counts, validating and saving do not
 
-    def _train_step(self, loaded: Loaded, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> bool:
-        """One optimiser step. Returns whether any process was asked to stop."""
-        c, n, start = self.config, self.progress.step, time.perf_counter()
-        sums = self._gradients(loaded, n)
-        flags = [float(loaded.tokens), float(interrupt.requested), float(not self.saver.written)]
-        everything = torch.cat([sums.double(), sums.new_tensor(flags).double()])
+    def _train_step(
+        self, loaded: Loaded, start: float, interrupt: Interrupt, bar: Bar, log: MetricsLog | None
+    ) -> bool:
+        """One optimiser step, timed from `start`. Returns whether any process was asked to stop."""
+        c, n = self.config, self.progress.step
+        sums = self._gradients(loaded, n).double()
+        counts = [loaded.tokens, loaded.flops, interrupt.requested, not self.saver.written]
+        everything = torch.cat([sums, sums.new_tensor(counts)])
         dist.all_reduce(everything)
-        text, image, tokens, stop, writing = everything.tolist()
+        text, image, tokens, flops, stop, writing = everything.tolist()
         text, image = text / max(1, loaded.text_total), image / max(1, loaded.image_total)
         if self.saver.pending and not writing:
             self.saver.finish()
         factor = learning_rate_factor(n, c.steps, c.optimizer)
-        norm = self._update(text, image, c.optimizer.learning_rate * factor)
+        norm = self._update(text + c.image_loss_weight * image, c.optimizer.learning_rate * factor)
         self.progress.step += 1
+        seconds = time.perf_counter() - start
         values = {
             "text_loss": text,
             "image_loss": image,
             "loss": text + c.image_loss_weight * image,
             "gradient_norm": norm,
             "learning_rate": c.optimizer.learning_rate * factor,
-            "tokens_per_second": tokens / (time.perf_counter() - start),
+            "tokens_per_second": tokens / seconds,
             "peak_memory_gb": self.world.peak_memory() / 1e9,
             "skipped_steps": self.progress.skipped,
         }
+        if flops and self.peak_flops:
+            values["mfu"] = flops / seconds / (self.peak_flops * self.world.size)
         bar.advance(n + 1, values)
         if log is not None and (n + 1) % c.log_every == 0:
             log.write(n + 1, values | self.step.signals())
@@ -185,32 +173,23 @@ class Trainer:
             sums += self.step.backward(part, loaded.text_total, loaded.image_total, step)
         return sums
 
-    def _update(self, text: float, image: float, rate: float) -> float:
-        """Clip and step, unless something is not finite: then the step is skipped and counted."""
+    def _update(self, loss: float, rate: float) -> float:
+        """Clip and step, unless the guard finds the step bad: then it is skipped and counted."""
         norm = clip(self.trained.values(), self.config.optimizer.clip)
-        if all(map(math.isfinite, (text, image, norm))):
+        if (fault := self.guard.fault(loss, norm)) is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             self.average.update(self.model, ema_decay(self.progress.step, self.config.ema))
             self.progress.updates += 1
-            self._bad_in_a_row = 0
+            self.guard.accept(loss, norm)
         else:
-            self._skip(text, image, norm)
+            self.progress.skipped += 1
+            line = self.guard.skip(self.progress.step + 1, fault)
+            if self.world.is_main:
+                print(line, file=sys.stderr)
         self.optimizer.zero_grad()
         return norm
-
-    def _skip(self, text: float, image: float, norm: float) -> None:
-        self.progress.skipped += 1
-        self._bad_in_a_row += 1
-        told = f"not finite (text loss {text}, image loss {image}, gradient norm {norm})"
-        if self._bad_in_a_row >= self.machines.max_skipped:
-            raise UserError(
-                f"step {self.progress.step + 1}: {told}, for {self._bad_in_a_row} steps in a row; training stopped, "
-                "the last checkpoint is good; start a new run from it (init) with a lower learning rate"
-            )
-        if self.world.is_main:
-            print(f"step {self.progress.step + 1}: {told}: skipped", file=sys.stderr)
 
     def _after_step(self, bar: Bar, log: MetricsLog | None) -> None:
         c, n = self.config, self.progress.step
@@ -255,6 +234,7 @@ class Trainer:
 
     def _save(self, wait: bool = False) -> Path:
         tree = ckpt.training_state(self.trained, self.optimizer, self.average)
+        self.progress.recent = self.guard.recent
         path = self.saver.save(tree, self.progress)
         if wait:
             self.saver.finish()

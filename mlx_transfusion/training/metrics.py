@@ -1,9 +1,14 @@
-"""Training metrics: one JSON object a line, and TensorBoard when it is installed."""
+"""Training metrics: one JSON object a line; TensorBoard when it is installed; Weights & Biases when it is asked for.
+
+wandb sends what it logs to a server. So it is used when it is installed and its own variable WANDB_PROJECT is set,
+and never otherwise; WANDB_MODE=offline keeps its files here.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"{folder}: cannot write the training output: {error.strerror}") from error
         self._board = _tensorboard(folder, resumed_step)
+        self._wandb = _wandb(folder)
 
     def _drop_after(self, step: int) -> None:
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
@@ -40,11 +46,15 @@ class MetricsLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and wandb."""
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _step(line: str) -> float:
@@ -63,3 +73,22 @@ def _tensorboard(folder: Path, resumed_step: int) -> Any:
         except ImportError:
             return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def _wandb(folder: Path) -> Any:
+    """A wandb run, the same one after a resume, or None. It takes the project's name from WANDB_PROJECT itself."""
+    if not os.environ.get("WANDB_PROJECT"):
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("WANDB_PROJECT is set, but wandb is not installed: pip install wandb") from error
+    identity = folder / "wandb-id"
+    if not identity.is_file():
+        identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+    run = wandb.init(
+        id=identity.read_text(encoding="utf-8"), name=folder.name, dir=str(folder), resume="allow"
+    )
+    # Its own counter only grows, while a resumed run repeats the steps behind its checkpoint.
+    run.define_metric("*", step_metric="step")
+    return run
