@@ -98,6 +98,21 @@ def test_a_dry_run_counts_the_shards(name: str) -> None:
     assert total == pytest.approx(mem.STATE_BYTES * whole / processes, rel=0.01)
 
 
+@pytest.mark.parametrize("rank", [0, 63])
+def test_a_dry_run_with_shared_blocks(rank: int) -> None:
+    """Eight GPUs share the blocks of the 7B model; what is no block is cut over the others alone."""
+    config, processes = preset("7b"), 64
+    found = dry_run(config, processes, "bfloat16", rank=rank, tensor=8)
+    n = mem.sizes(config)
+    blocks = config.num_hidden_layers * n.block
+    assert found["parameters"] == n.total
+    assert found["on_device"] == 0
+    assert found["weights"] == pytest.approx(4 * (blocks + 8 * (n.total - blocks)) / processes, rel=0.01)
+    need = mem.memory(config, mem.Part(4096, 2048, 8), processes, tensor=8)
+    state = found["weights"] + found["optimizer"] + found["average"]
+    assert need.state == pytest.approx(state, rel=0.01)
+
+
 @pytest.mark.parametrize("config", FULL, ids=lambda p: p.stem)
 def test_the_papers_configs_have_its_numbers(config: Path, cli: Callable[..., Any]) -> None:
     done = cli("plan", config, "--gpus", 64, "--json")
@@ -120,6 +135,7 @@ def test_the_verb_for_people(cli: Callable[..., Any]) -> None:
         (["--gpu", "abacus"], "abacus"),
         (["--mfu", "2"], "--mfu"),
         (["--gpus", "0"], "--gpus"),
+        (["--gpus", "12", "--tensor", "12"], "num_attention_heads"),
     ):
         done = cli("plan", ROOT / "configs/full_scale/7b.toml", *wrong)
         assert done.code == 2

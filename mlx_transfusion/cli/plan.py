@@ -23,6 +23,7 @@ def plan(
     ] = None,
     caption: Annotated[int, typer.Option(help="Tokens of a caption.")] = 32,
     replicas: Annotated[int, typer.Option(help="Copies of the sharded model.")] = 1,
+    tensor: Annotated[int, typer.Option(help="GPUs that share every block (tensor parallelism).")] = 1,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -37,7 +38,7 @@ def plan(
     from mlx_transfusion.training.config import load_train_config
 
     loaded = load_train_config(config, overrides or [])
-    given = planning.Assumptions(gpus, gpu, mfu, price, caption, replicas=replicas)
+    given = planning.Assumptions(gpus, gpu, mfu, price, caption, replicas=replicas, tensor=tensor)
     figures = planning.plan(loaded, given)
     rows = planning.table(figures, given)
     if dry_run:
@@ -62,4 +63,4 @@ def _count(loaded: object, given: object) -> dict[str, int]:
         from mlx_transfusion.torch.dry_run import dry_run
     except ImportError as error:
         raise UserError("--dry-run needs PyTorch: pip install 'mlx-transfusion[torch]'") from error
-    return dry_run(model_of(loaded), given.gpus, loaded.dtype, given.replicas)
+    return dry_run(model_of(loaded), given.gpus, loaded.dtype, given.replicas, tensor=given.tensor)

@@ -137,7 +137,7 @@ class ConsistencyStep(Step):
             logits, _ = self.model(example.arrays)
             text = text + losses.text_loss(logits, example.text_target, example.text_weight)
         sums = torch.stack([text, image])
-        scale = self.world.size * sums.new_tensor(
+        scale = self.world.shares * sums.new_tensor(
             [1 / max(1, text_total), self.config.image_loss_weight / max(1, image_total)]
         )
         (sums * scale).sum().backward()

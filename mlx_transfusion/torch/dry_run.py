@@ -20,7 +20,7 @@ from mlx_transfusion.training.config import OptimizerConfig
 
 
 def dry_run(
-    config: ModelConfig, processes: int, dtype: str, replicas: int = 1, rank: int = 0
+    config: ModelConfig, processes: int, dtype: str, replicas: int = 1, rank: int = 0, tensor: int = 1
 ) -> dict[str, Any]:
     """Bytes of process `rank` of `processes`: weights, gradients, optimiser, average; and numbers of parameters.
 
@@ -32,7 +32,7 @@ def dry_run(
         raise UserError("--dry-run makes processes of its own: run it outside torchrun")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     try:
-        mesh = make_mesh(World(rank, processes, torch.device("cpu")), replicas)
+        mesh = make_mesh(World(rank, processes, torch.device("cpu"), tensor), replicas)
         with torch.device("meta"):
             model = Transfusion(config)
         shard(model, mesh, dtype)

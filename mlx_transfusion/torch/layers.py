@@ -37,11 +37,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, e = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.q_proj = nn.Linear(d, self.heads * e, bias=False)
-        self.k_proj = nn.Linear(d, self.kv_heads * e, bias=False)
-        self.v_proj = nn.Linear(d, self.kv_heads * e, bias=False)
-        self.o_proj = nn.Linear(self.heads * e, d, bias=False)
+        self.head_dim = e
+        self.q_proj = nn.Linear(d, config.num_attention_heads * e, bias=False)
+        self.k_proj = nn.Linear(d, config.kv_heads * e, bias=False)
+        self.v_proj = nn.Linear(d, config.kv_heads * e, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * e, d, bias=False)
         self.q_norm = nn.RMSNorm(e, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(e, eps=config.rms_norm_eps) if config.qk_norm else None
 
@@ -50,9 +50,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """Attend from x [B, T, D] to `past` and itself; returns [B, T, D] and the T new keys and values."""
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2)
-        k = self.k_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2)
-        v = self.v_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2)
+        # As many heads as this process has of a layer that is cut over several (`tensor_parallel.py`).
+        q, k, v = (
+            project(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)

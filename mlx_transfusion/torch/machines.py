@@ -21,6 +21,8 @@ class Machines:
     background_save: bool = False
     replicas: int = 1
     """Copies of the sharded model (hybrid sharding); gradients are averaged between them."""
+    tensor: int = 1
+    """Neighbouring processes that share the heads and the feed-forward of every block."""
     reshard: bool = True
     """Free a block's gathered weights behind its forward pass."""
     recompute_every: int = 1

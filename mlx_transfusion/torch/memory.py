@@ -113,26 +113,35 @@ def unet_parameters(config: ModelConfig) -> int:
 
 
 def memory(
-    config: ModelConfig, part: Part, processes: int, item: int = 2, recompute: bool = True, fused: bool = True
+    config: ModelConfig,
+    part: Part,
+    processes: int,
+    item: int = 2,
+    recompute: bool = True,
+    fused: bool = True,
+    tensor: int = 1,
 ) -> Memory:
     """Bytes of one of `processes` that share a model.
 
     item: bytes of a number in the arithmetic (2: bfloat16). recompute: every block's activations are computed again
     in the backward pass. fused: optimiser and norms are single kernels, as on CUDA; on a CPU each leaves a copy.
+    tensor: neighbours that share every block, and have the rest of the model alike.
     """
     c, n = config, sizes(config)
-    state = CHECKPOINT_BYTES * n.total / processes
-    gradients, outside = 4 * n.total / processes, 2 * n.embedding
-    block = part.positions * item * block_numbers(c, fused) + _mask_bytes(part, item, 1)
+    blocks = c.num_hidden_layers * n.block
+    shard = (blocks + (n.total - blocks) * tensor) / processes
+    state = CHECKPOINT_BYTES * shard
+    gradients, outside = 4 * shard, 2 * n.embedding
+    block = part.positions * item * block_numbers(c, fused, tensor) + _mask_bytes(part, item, 1)
     layers = c.num_hidden_layers
     kept: float = layers * (part.positions * c.hidden_size * item if recompute else block)
     kept += part.pictures * _picture_bytes(c, item) + part.positions * (
         3 * c.hidden_size * item + part.row_length
     )
-    gathered = item * (2 * n.block + outside)
+    gathered = item * (2 * n.block / tensor + outside)
     loss = part.text_targets * (12 * c.vocab_size + 2 * item * c.hidden_size)
-    backward = part.positions * item * (3 * c.intermediate_size + 2 * c.hidden_size)
-    sent = n.block * (item + 4) + n.embedding * item
+    backward = part.positions * item * (3 * c.intermediate_size / tensor + 2 * c.hidden_size)
+    sent = n.block / tensor * (item + 4) + n.embedding * item
     moments = [
         Memory("loss", state, n.embedding * item, gathered, kept, loss),
         Memory("backward", state, sent, gathered, kept, backward + (block if recompute else 0)),
@@ -142,15 +151,16 @@ def memory(
     return max(moments, key=lambda m: m.total)
 
 
-def block_numbers(config: ModelConfig, fused: bool = True) -> int:
+def block_numbers(config: ModelConfig, fused: bool = True, tensor: int = 1) -> int:
     """Numbers a position that one block keeps for its backward pass.
 
-    Input and output of both norms, q, k, v, attention's output in two layouts, and four of the gated layer.
+    Input and output of both norms, q, k, v, attention's output in two layouts, and four of the gated layer; of all
+    but the first, what one of `tensor` processes has.
     """
     c = config
     queries, keys = c.num_attention_heads * c.head_dim, c.kv_heads * c.head_dim
-    norms = (4 if fused else 6) * c.hidden_size + (0 if fused or not c.qk_norm else 2 * (queries + keys))
-    return norms + 3 * queries + 2 * keys + 4 * c.intermediate_size
+    heads = 3 * queries + 2 * keys + (0 if fused or not c.qk_norm else 2 * (queries + keys))
+    return (4 if fused else 6) * c.hidden_size + (heads + 4 * c.intermediate_size) // tensor
 
 
 def _mask_bytes(part: Part, item: int, layers: int) -> int:

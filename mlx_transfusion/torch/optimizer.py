@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         )
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(
-        parameters,
+        by_mesh(parameters),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -46,11 +46,24 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
         state["step"].fill_(updates)
 
 
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups by the mesh that they are sharded over: an operation on many tensors takes one mesh alone."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    return [{"params": group} for group in groups.values()]
+
+
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scale all gradients so that their global norm is at most `limit` (0: leave them); returns the norm before."""
-    parameters = list(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    groups = [group["params"] for group in by_mesh(parameters)]
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    whole = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+    norm = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    if limit > 0:
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return float(norm)
 
 
 class Average:

@@ -24,6 +24,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.torch.model import Transfusion
+from mlx_transfusion.torch.plan import check_tensor
+from mlx_transfusion.torch.tensor_parallel import split_blocks
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class World:
     rank: int
     size: int
     device: torch.device
+    tensor: int = 1
+    """Neighbouring processes that share the blocks and read the same documents (`tensor_parallel.py`)."""
+
+    @property
+    def share(self) -> int:
+        """Which share of the documents this process reads."""
+        return self.rank // self.tensor
+
+    @property
+    def shares(self) -> int:
+        """How many shares the documents are dealt into."""
+        return self.size // self.tensor
 
     @property
     def is_main(self) -> bool:
@@ -69,17 +83,23 @@ def processes() -> Iterator[World]:
 def make_mesh(world: World, groups: int = 1) -> DeviceMesh:
     """All processes in one row, or in `groups` copies of the model that are each sharded (hybrid sharding).
 
-    Raises UserError when the processes cannot be dealt out evenly.
+    The dimensions are "replica", "shard" and "tensor"; the first and the last are left out when they are 1. Raises
+    UserError when the processes cannot be dealt out evenly.
     """
-    if world.size % groups:
+    if world.size % (groups * world.tensor):
         raise UserError(
-            f"--replicas {groups}: {world.size} processes cannot be dealt into as many equal groups"
+            f"--replicas {groups} --tensor {world.tensor}: {world.size} processes cannot be dealt into as many "
+            "equal groups"
         )
-    if groups == 1:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        world.device.type, (groups, world.size // groups), mesh_dim_names=("replica", "shard")
-    )
+    sizes = {"replica": groups, "shard": world.shares // groups, "tensor": world.tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of a mesh over which documents are dealt out: all but "tensor"."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    return mesh[names] if names != mesh.mesh_dim_names else mesh
 
 
 def build_sharded(
@@ -98,7 +118,11 @@ def build_sharded(
 
 
 def shard(model: Transfusion, mesh: DeviceMesh, dtype: str, reshard: bool = True) -> None:
-    """Apply FSDP2 in place."""
+    """Apply tensor parallelism, where the mesh has it, and FSDP2 in place."""
+    if "tensor" in (mesh.mesh_dim_names or ()):
+        check_tensor(model.config, mesh["tensor"].size())
+        split_blocks(model, mesh["tensor"])
+    mesh = data_mesh(mesh)
     param = torch.bfloat16 if dtype == "bfloat16" else None
     # Inputs are cast by the model itself: an angle in bfloat16 would be wrong in its third digit.
     mixed = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -54,12 +54,15 @@ class Assumptions:
     write: float = 1e9
     """Bytes a second that one GPU's process writes of a checkpoint."""
     replicas: int = 1
+    tensor: int = 1
+    """GPUs that share every block and read the same documents (tensor parallelism)."""
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise UserError(f'--gpu "{self.gpu}" is unknown, expected one of {", ".join(GPUS)}')
-        if self.gpus < 1 or self.replicas < 1 or self.gpus % self.replicas:
-            raise UserError(f"--gpus {self.gpus} cannot be dealt into {self.replicas} equal groups")
+        groups = self.replicas * self.tensor
+        if min(self.gpus, self.replicas, self.tensor) < 1 or self.gpus % groups:
+            raise UserError(f"--gpus {self.gpus} cannot be dealt into {groups} equal groups")
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu is {self.mfu}, expected a share above 0 and up to 1")
 
@@ -70,6 +73,17 @@ def model_of(config: TrainConfig) -> ModelConfig:
         raise UserError("the training config has no [model] to plan for")
     vocab = config.model.get("vocab_size", 32000)
     return model_config(config, vocab, {})
+
+
+def check_tensor(config: ModelConfig, count: int) -> None:
+    """Raises UserError when heads or feed-forward of a model cannot be dealt out to `count` processes."""
+    for name, size in (
+        ("num_attention_heads", config.num_attention_heads),
+        ("num_key_value_heads", config.kv_heads),
+        ("intermediate_size", config.intermediate_size),
+    ):
+        if size % count:
+            raise UserError(f"--tensor {count}: {name} is {size}, expected a multiple of {count}")
 
 
 def step_work(config: TrainConfig, model: ModelConfig, caption: int) -> Work:
@@ -96,18 +110,21 @@ def step_work(config: TrainConfig, model: ModelConfig, caption: int) -> Work:
 def plan(config: TrainConfig, given: Assumptions) -> dict[str, Any]:
     """All figures by name, in bytes, operations, seconds, dollars and tokens. Raises UserError for what cannot be."""
     model, gpu = model_of(config), GPUS[given.gpu]
-    if config.batch_size < given.gpus * config.accumulate:
+    check_tensor(model, given.tensor)
+    parts = given.gpus // given.tensor * config.accumulate
+    if config.batch_size < parts:
         raise UserError(
-            f"batch_size {config.batch_size} is too small for {given.gpus} GPUs with {config.accumulate} parts each"
+            f"batch_size {config.batch_size} is too small for {given.gpus} GPUs that read {parts} parts of it"
         )
     work = step_work(config, model, given.caption)
-    parts = given.gpus * config.accumulate
     rows = math.ceil(work.positions / parts / config.sequence_length)
     part = mem.Part(
         rows * config.sequence_length, math.ceil(work.text_targets / parts), math.ceil(work.pictures / parts)
     )
     item = 2 if config.dtype == "bfloat16" else 4
-    need = mem.memory(model, part, given.gpus // given.replicas, item, config.gradient_checkpointing)
+    need = mem.memory(
+        model, part, given.gpus // given.replicas, item, config.gradient_checkpointing, tensor=given.tensor
+    )
     flops = step_flops(model, work)
     computed = flops * (4 / 3 if config.gradient_checkpointing else 1)
     seconds = flops / (given.gpus * gpu.flops * given.mfu)

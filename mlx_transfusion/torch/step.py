@@ -43,7 +43,7 @@ class Step:
         """
         sums = self._sums(batch)
         # Sharded gradients are means over processes; the objective is a sum.
-        scale = self.world.size * sums.new_tensor(
+        scale = self.world.shares * sums.new_tensor(
             [1 / max(1, text_total), self.config.image_loss_weight / max(1, image_total)]
         )
         (sums * scale).sum().backward()

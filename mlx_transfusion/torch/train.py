@@ -46,6 +46,7 @@ def _train(given: argparse.Namespace) -> str:
         compile=compiled,
         background_save=given.background_save,
         replicas=given.replicas,
+        tensor=given.tensor,
         reshard=not given.keep_gathered,
         recompute_every=given.recompute_every,
         max_skipped=given.max_skipped,
@@ -70,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "--replicas", type=int, default=1, metavar="N", help="N copies of the sharded model (hybrid sharding)"
     )
+    flag("--tensor", type=int, default=1, metavar="N",
+         help="N neighbouring processes share every block (tensor parallelism)")  # fmt: skip
     flag("--keep-gathered", action="store_true", help="keep a block's weights until its backward pass")
     flag("--recompute-every", type=int, default=1, metavar="N",
          help="with gradient_checkpointing, recompute every n-th block")  # fmt: skip

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, machines: Machines, world: World) -> None:
         """Builds the sharded model, data and optimiser. Raises UserError for bad config or data."""
-        self.config, self.machines, self.world = config, machines, world
-        if config.batch_size < world.size * config.accumulate:
+        self.world = world = replace(world, tensor=machines.tensor)
+        self.config, self.machines = config, machines
+        mesh = make_mesh(world, machines.replicas)
+        if config.batch_size < world.shares * config.accumulate:
             raise UserError(
-                f"batch_size {config.batch_size} is too small for {world.size} processes with "
+                f"batch_size {config.batch_size} is too small for {world.shares} shares with "
                 f"{config.accumulate} parts each: every part needs a document"
             )
         self.output, self.folder = Path(config.output), Path(config.output) / "torch"
         self.tokenizer = Tokenizer.load(config.tokenizer)
-        mesh = make_mesh(world, machines.replicas)
         self.model = new_model(config, self.tokenizer, mesh, world, machines.reshard)
         self.model.checkpointing = machines.recompute_every if config.gradient_checkpointing else 0
         if machines.compile:
@@ -76,6 +78,8 @@ class Trainer:
         )  # fmt: skip
 
     def _new_step(self, mesh: Any) -> Step:
+        if self.world.tensor > 1 and self.config.consistency is not None:
+            raise UserError("--tensor: a consistency model is trained without it: leave it out")
         form, on_cuda = self.machines.attention, self.world.device.type == "cuda"
         if form == "flex" and not on_cuda:
             raise UserError("--attention flex trains on CUDA alone: use dense here")
@@ -121,7 +125,7 @@ class Trainer:
                 log.close()
 
     def _loop(self, interrupt: Interrupt, bar: Bar, log: MetricsLog | None) -> None:
-        loader = Loader(self.train_data, self.step, self.config, self.world.rank, self.world.size)
+        loader = Loader(self.train_data, self.step, self.config, self.world.share, self.world.shares)
         start = time.perf_counter()
         for loaded in loader.steps(self.progress.step, self.machines.workers):
             stop = self._train_step(loaded, start, interrupt, bar, log)
@@ -140,7 +144,8 @@ class Trainer:
         counts = [loaded.tokens, loaded.flops, interrupt.requested, not self.saver.written]
         everything = torch.cat([sums, sums.new_tensor(counts)])
         dist.all_reduce(everything)
-        text, image, tokens, flops, stop, writing = everything.tolist()
+        # Neighbours that share the blocks read the same documents.
+        text, image, tokens, flops, stop, writing = (everything / self.world.tensor).tolist()
         text, image = text / max(1, loaded.text_total), image / max(1, loaded.image_total)
         if self.saver.pending and not writing:
             self.saver.finish()
@@ -208,7 +213,7 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._averaged():
             for i in range(c.valid_batches):
-                batch = data.batch(data.documents(i, c.batch_size)[self.world.rank :: self.world.size])
+                batch = data.batch(data.documents(i, c.batch_size)[self.world.share :: self.world.shares])
                 counts = sums.new_tensor([batch.text_targets, len(batch.angle)])
                 sums += torch.cat([self.step.evaluate(batch).double(), counts])
         dist.all_reduce(sums)
