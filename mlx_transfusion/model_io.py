@@ -309,7 +309,7 @@ def attach_autoencoder(model: TextFamily, folder: Path, *, weights: bool = True)
         return
     from mlx_transfusion.autoencoder.folder import load_autoencoder, read_config
 
-    found = load_autoencoder(folder).model if weights else AutoencoderKL(read_config(folder))
+    found = load_autoencoder(folder).latents if weights else AutoencoderKL(read_config(folder))
     if found.config.latent_channels != model.config.image_channels:
         raise UserError(
             f"{folder}: its latents have {found.config.latent_channels} channels, and the model paints "

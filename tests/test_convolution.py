@@ -60,7 +60,8 @@ def test_value_and_gradients_are_those_of_mlx(
     cotangent = mx.random.normal(out.shape, key=mx.random.key(9))
     wanted = mx.vjp(lambda x, w: mx.conv2d(x, w, stride, padding), [x, w], [cotangent])[1]
     for got, theirs in zip(mx.vjp(ours, [x, w], [cotangent])[1], wanted, strict=True):
-        assert np.array_equal(got, theirs)
+        # With a stride ours takes another way to the same sums.
+        np.testing.assert_allclose(np.array(got), np.array(theirs), rtol=0, atol=0 if stride == 1 else 1e-5)
     # linear in each argument: the derivative along (dx, dw) is exact for a step of any length
     (_,), (tangent,) = mx.jvp(ours, [x, w], [dx, dw])
     exact = mx.conv2d(dx, w, stride, padding) + mx.conv2d(x, dw, stride, padding)

@@ -41,6 +41,8 @@ class PictureData:
 class LossConfig:
     """L1 + perceptual + identity + gan * adversarial + kl * divergence (as arXiv 2408.11039).
 
+    With a codebook its losses stand in the place of the divergence.
+
     All terms are means over pixels and channels, the divergence too (nats over the number of pixel values).
     """
 
@@ -54,6 +56,21 @@ class LossConfig:
     gan_start: int = 50000
     """Step from which on the discriminator is trained and counts; one behind the last leaves it out."""
     kl: float = 1e-6
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """How a codebook is learned, where [model.quantizer] asks for one (arXiv 1711.00937)."""
+
+    loss: float = 1.0
+    """Weight of the codebook's own loss; of no use with `ema`."""
+    commitment: float = 0.25
+    ema: bool = False
+    """Codes follow the running means of what is assigned to them, in the place of their loss."""
+    decay: float = 0.99
+    """Of the running sums, of which the metrics' perplexity is made too."""
+    revive_below: float = 0.02
+    """A code whose running count falls below this part of an even use moves to an element of the batch. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ class AutoencoderTraining:
     scale_pictures: int = 512
     """Training pictures that the latents' scale and the preview are measured on, whenever a checkpoint is written."""
     loss: LossConfig = field(default_factory=LossConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(**OPTIMIZER))
 
@@ -124,8 +142,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
          "data.size", "data.threads", "discriminator.channels", "discriminator.layers"), (1, math.inf)),
     **dict.fromkeys(
         ("valid_every", "loss.perceptual", "loss.identity", "loss.gan", "loss.gan_start", "loss.kl",
+         "codebook.loss", "codebook.commitment",
          "optimizer.learning_rate", "optimizer.warmup", "discriminator.learning_rate"), (0, math.inf)),
-    **dict.fromkeys(("ema", "data.flip", "optimizer.final_fraction"), (0, 1)),
+    **dict.fromkeys(("ema", "data.flip", "codebook.decay", "codebook.revive_below", "optimizer.final_fraction"),
+                    (0, 1)),
     "loss.perceptual_blocks": (0, 15),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip

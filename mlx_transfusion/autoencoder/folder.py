@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_transfusion.autoencoder.preview import Preview
 from mlx_transfusion.errors import UserError
@@ -18,6 +19,7 @@ from mlx_transfusion.model_io import check_weights, flat_parameters, read_weight
 from mlx_transfusion.model_path import CONFIG_FILE
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from mlx_transfusion.models.autoencoder_config import MODEL_TYPE
+from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ, build_autoencoder
 
 WEIGHTS_FILE, PREVIEW_FILE = "model.safetensors", "preview.safetensors"
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -27,7 +29,7 @@ SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 class LoadedAutoencoder:
     """An autoencoder ready for use."""
 
-    model: AutoencoderKL
+    model: AutoencoderKL | AutoencoderVQ
     path: Path
     preview: Preview | None
     """The linear map from its latents to small pictures, where the folder holds one."""
@@ -36,6 +38,33 @@ class LoadedAutoencoder:
     def config(self) -> AutoencoderConfig:
         """Its configuration."""
         return self.model.config
+
+    @property
+    def codes(self) -> AutoencoderVQ:
+        """The model, where it has a codebook. Raises UserError for one that has none."""
+        if not isinstance(self.model, AutoencoderVQ):
+            raise UserError(
+                f"{self.path}: has no codebook: name an autoencoder that was trained with [model.quantizer]"
+            )
+        return self.model
+
+    @property
+    def latents(self) -> AutoencoderKL:
+        """The model, where its latents are continuous. Raises UserError for one with a codebook."""
+        if not isinstance(self.model, AutoencoderKL):
+            raise UserError(
+                f"{self.path}: has a codebook of {self.model.codebook_size} codes, and a model of latents needs an "
+                "autoencoder without one (KL)"
+            )
+        return self.model
+
+    def encode_codes(self, pixels: mx.array | np.ndarray) -> mx.array:
+        """As `AutoencoderVQ.encode_codes`: pixels [B, H, W, 3] in [0, 1] -> int32 [B, h, w]. Raises UserError."""
+        return self.codes.encode_codes(mx.array(pixels))
+
+    def decode_codes(self, codes: mx.array | np.ndarray) -> mx.array:
+        """As `AutoencoderVQ.decode_codes`: int [B, h, w] -> pixels [B, H, W, 3] in [0, 1]. Raises UserError."""
+        return self.codes.decode_codes(mx.array(codes))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -58,7 +87,7 @@ def load_autoencoder(folder: str | os.PathLike[str]) -> LoadedAutoencoder:
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: no folder of an autoencoder: it has no {CONFIG_FILE}")
     config = read_config(path)
-    model = AutoencoderKL(config)
+    model = build_autoencoder(config)
     weights = read_weights(path)
     check_weights(model, weights, str(path))
     model.load_weights(list(weights.items()))
@@ -83,7 +112,7 @@ def read_config(path: Path) -> AutoencoderConfig:
 
 def save_autoencoder(
     folder: str | os.PathLike[str],
-    model: AutoencoderKL,
+    model: AutoencoderKL | AutoencoderVQ,
     config: AutoencoderConfig | None = None,
     preview: Preview | None = None,
 ) -> Path:

@@ -1,8 +1,6 @@
-"""Latents of a data set in one file, made once and read by memory map for training.
+"""Latents or codes of a data set in one file, made once and read by memory map for training.
 
-The file is a safetensors file with one array "latents" [N, V, h, w, C], float32 or float16, already normalised
-(unit variance); V is 1, or 2 with the mirrored picture behind each. Its metadata says which pictures these are, in
-what size, and the fingerprint of the autoencoder that made them: with another one they are noise.
+training/latents.py describes the file and reads it.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,9 +17,10 @@ import numpy as np
 from mlx_transfusion.autoencoder.folder import LoadedAutoencoder
 from mlx_transfusion.autoencoder.pictures import to_signed
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.models.autoencoder_tiles import Tiling, encode_tiled
+from mlx_transfusion.models.autoencoder import Autoencoder
+from mlx_transfusion.models.autoencoder_tiles import Tiling, encoded_tiled
 from mlx_transfusion.training.image_store import ImageRef
-from mlx_transfusion.training.latents import DTYPES, FORMAT, NAME
+from mlx_transfusion.training.latents import CODES, DTYPES, FORMAT, LATENTS
 from mlx_transfusion.training.pixels import load_pixels
 
 PART = 16
@@ -43,17 +43,20 @@ def write_cache(
 ) -> Path:
     """Encode distinct pictures, brought to size x size, by their means; returns `file`, whole or not there at all.
 
-    flips: also the mirrored picture. Raises UserError for pictures that cannot be read, a size that the
-    autoencoder's halvings do not divide, and a disk that is full.
+    An autoencoder with a codebook gives codes, and `dtype` is of no matter. flips: also the mirrored picture. Raises
+    UserError for pictures that cannot be read, a size that the autoencoder's halvings do not divide, and a disk that
+    is full.
     """
     config = autoencoder.config
     autoencoder.model.check_pixels((1, size, size, 3))
     refs = list(dict.fromkeys(refs))
     if not refs:
         raise UserError(f"{file}: there is no picture to encode")
-    kind, numpy_type = DTYPES[dtype]
+    coded = config.quantizer is not None
+    kind, numpy_type = DTYPES["int32" if coded else dtype]
+    encode = encode_to_codes if coded else encode_pixels
     side, views = size // config.factor, 1 + flips
-    shape = (len(refs), views, side, side, config.latent_channels)
+    shape = (len(refs), views, side, side, *(() if coded else (config.latent_channels,)))
     metadata = {
         "format": FORMAT,
         "autoencoder": autoencoder.fingerprint,
@@ -64,13 +67,18 @@ def write_cache(
     def blocks() -> Iterator[np.ndarray]:
         for start in range(0, len(refs), PART):
             pixels = load_pixels(refs[start : start + PART], size, size, threads)
-            latents = [encode_pixels(autoencoder, pixels)]
+            latents = [encode(autoencoder, pixels)]
             if flips:
-                latents.append(encode_pixels(autoencoder, pixels[:, :, ::-1]))
+                latents.append(encode(autoencoder, pixels[:, :, ::-1]))
             yield np.stack(latents, 1).astype(numpy_type)
             progress(start + len(pixels))
 
-    return _write(file, _header(kind, shape, int(np.prod(shape)) * numpy_type.itemsize, metadata), blocks())
+    about = {
+        "dtype": kind,
+        "shape": list(shape),
+        "data_offsets": [0, int(np.prod(shape)) * numpy_type.itemsize],
+    }
+    return _write(file, _header(CODES if coded else LATENTS, about, metadata), blocks())
 
 
 def _write(file: Path, header: bytes, blocks: Iterator[np.ndarray]) -> Path:
@@ -92,18 +100,33 @@ def _write(file: Path, header: bytes, blocks: Iterator[np.ndarray]) -> Path:
 
 
 def encode_pixels(autoencoder: LoadedAutoencoder, pixels: np.ndarray) -> np.ndarray:
-    """Pixels uint8 [B, H, W, 3] -> normalised latents float32 [B, h, w, C], by their means; large ones in tiles."""
-    model, signed = autoencoder.model, to_signed(pixels)
-    if max(pixels.shape[1:3]) // autoencoder.config.factor <= Tiling().tile:
-        mean = model.encode(mx.array(signed)).mean
-    else:
-        mean = mx.array(encode_tiled(model, signed)[0])
+    """Pixels uint8 [B, H, W, 3] -> normalised latents float32 [B, h, w, C], by their means; large ones in tiles.
+
+    Raises UserError for an autoencoder with a codebook.
+    """
+    model = autoencoder.latents
+    mean = mx.split(_encoded(model, pixels), 2, -1)[0]
     return np.array(model.normalize(mean))
 
 
-def _header(kind: str, shape: Sequence[int], size: int, metadata: dict[str, str]) -> bytes:
+def encode_to_codes(autoencoder: LoadedAutoencoder, pixels: np.ndarray) -> np.ndarray:
+    """Pixels uint8 [B, H, W, 3] -> codes int32 [B, h, w]; large pictures in tiles.
+
+    Raises UserError for an autoencoder without a codebook.
+    """
+    model = autoencoder.codes
+    return np.array(model.quantizer.codes(_encoded(model, pixels)))
+
+
+def _encoded(model: Autoencoder, pixels: np.ndarray) -> mx.array:
+    signed = to_signed(pixels)
+    if max(pixels.shape[1:3]) // model.factor <= Tiling().tile:
+        return model.encoded(mx.array(signed))
+    return mx.array(encoded_tiled(model, signed))
+
+
+def _header(name: str, about: dict[str, Any], metadata: dict[str, str]) -> bytes:
     """Length and JSON header of a safetensors file with one array, filled up to a multiple of 8 bytes."""
-    about = {"dtype": kind, "shape": list(shape), "data_offsets": [0, size]}
-    text = json.dumps({"__metadata__": metadata, NAME: about}).encode()
+    text = json.dumps({"__metadata__": metadata, name: about}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -10,17 +10,17 @@ import numpy as np
 
 from mlx_transfusion.autoencoder.pictures import to_signed
 from mlx_transfusion.evaluation.distances import frechet
-from mlx_transfusion.models.autoencoder import AutoencoderKL
+from mlx_transfusion.models.autoencoder import Autoencoder
 
 Features = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, H, W, 3] -> float32 [B, D]"""
 PART = 16
 
 
-def reconstruct(model: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> uint8 [B, H, W, 3], through the means of the latents."""
+def reconstruct(model: Autoencoder, pixels: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, 3] -> uint8 [B, H, W, 3], through the means of the latents or the nearest codes."""
     out = [
-        to_uint8(np.array(model.decode(model.encode(mx.array(to_signed(pixels[i : i + PART]))).mean)))
+        to_uint8(np.array(model.decode(model.latents(mx.array(to_signed(pixels[i : i + PART]))))))
         for i in range(0, len(pixels), PART)
     ]
     return np.concatenate(out)
@@ -38,7 +38,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    model: AutoencoderKL, parts: Iterable[np.ndarray], features: Features | None = None
+    model: Autoencoder, parts: Iterable[np.ndarray], features: Features | None = None
 ) -> dict[str, Any]:
     """Figures of pictures uint8 [B, H, W, 3] in parts.
 

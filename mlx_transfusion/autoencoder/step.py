@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_transfusion.autoencoder.bottleneck import Passage, code_passage, follow, normal_passage
 from mlx_transfusion.autoencoder.config import AutoencoderTraining
 from mlx_transfusion.autoencoder.discriminator import Discriminator, hinge_loss
 from mlx_transfusion.autoencoder.perceptual import Perceptual
 from mlx_transfusion.models.autoencoder import AutoencoderKL
+from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
 from mlx_transfusion.training.optimizer import ema_update, make_optimizer, set_learning_rate
 
 Tree = Any
-AUTOENCODER, DISCRIMINATOR = "autoencoder", "discriminator"
-TERMS = ("l1", "perceptual", "identity", "kl", "adversarial", "discriminator")
-"""What a step reports, in this order; those that are not in use are 0."""
+AUTOENCODER, DISCRIMINATOR, USAGE = "autoencoder", "discriminator", "usage"
+TERMS = ("l1", "perceptual", "identity", "adversarial", "discriminator")
+"""What every step reports, beside what its bottleneck has."""
 
 
 class Optimizers:
@@ -55,11 +58,11 @@ class Optimizers:
 
 
 class Step:
-    """The functions of one run. weights: {"autoencoder": tree, "discriminator": tree}."""
+    """The functions of one run. weights: {"autoencoder": tree, "discriminator": tree}, and "usage" of a codebook."""
 
     def __init__(
         self,
-        model: AutoencoderKL,
+        model: AutoencoderKL | AutoencoderVQ,
         discriminator: Discriminator,
         optimizers: Optimizers,
         config: AutoencoderTraining,
@@ -70,32 +73,45 @@ class Step:
         self._compiled: dict[bool, Callable[..., Any]] = {}
 
     def __call__(
-        self, weights: Tree, ema: Tree, pixels: mx.array, eps: mx.array, decay: float, adversarial: bool
-    ) -> tuple[Tree, Tree, mx.array, mx.array]:
-        """Pixels [B, H, W, 3] in [-1, 1], noise [B, h, w, C] -> weights, ema, TERMS [6], norm of the gradient."""
+        self, weights: Tree, ema: Tree, pixels: mx.array, draws: mx.array, decay: float, adversarial: bool
+    ) -> tuple[Tree, Tree, dict[str, mx.array]]:
+        """Pixels [B, H, W, 3] in [-1, 1], `bottleneck.draws` -> weights, ema, and the loss's terms by their names.
+
+        Terms that are not in use are 0; those of the other kind of bottleneck are not there.
+        """
         if adversarial not in self._compiled:
-            run = self._with_adversary if adversarial else self._without
+            run = partial(self._run, adversarial=adversarial)
             state = self._optimizers.state
             self._compiled[adversarial] = (
                 mx.compile(run, inputs=state, outputs=state) if self._config.compile else run
             )
-        return self._compiled[adversarial](weights, ema, pixels, eps, mx.array(decay))
+        return self._compiled[adversarial](weights, ema, pixels, draws, mx.array(decay))
 
-    def _without(
-        self, weights: Tree, ema: Tree, pixels: mx.array, eps: mx.array, decay: mx.array
-    ) -> tuple[Tree, Tree, mx.array, mx.array]:
-        (_, (terms, _)), gradients = mx.value_and_grad(self._loss)(weights[AUTOENCODER], pixels, eps, None)
-        new, ema, norm = self._update(weights[AUTOENCODER], ema, gradients, decay)
-        return weights | {AUTOENCODER: new}, ema, terms, norm
-
-    def _with_adversary(
-        self, weights: Tree, ema: Tree, pixels: mx.array, eps: mx.array, decay: mx.array
-    ) -> tuple[Tree, Tree, mx.array, mx.array]:
-        judge = weights[DISCRIMINATOR]
-        (_, (terms, decoded)), gradients = mx.value_and_grad(self._loss)(
-            weights[AUTOENCODER], pixels, eps, judge
+    def _run(
+        self,
+        weights: Tree,
+        ema: Tree,
+        pixels: mx.array,
+        draws: mx.array,
+        decay: mx.array,
+        *,
+        adversarial: bool,
+    ) -> tuple[Tree, Tree, dict[str, mx.array]]:
+        judge = weights[DISCRIMINATOR] if adversarial else None
+        (_, (terms, decoded, passage)), gradients = mx.value_and_grad(self._loss)(
+            weights[AUTOENCODER], pixels, draws, judge
         )
-        new, ema, norm = self._update(weights[AUTOENCODER], ema, gradients, decay)
+        new, ema, terms["gradient_norm"] = self._update(weights[AUTOENCODER], ema, gradients, decay)
+        weights = weights | {AUTOENCODER: new}
+        if USAGE in weights:
+            new, ema, usage, more = follow(new, ema, weights[USAGE], passage, draws, self._config.codebook)
+            weights, terms = weights | {AUTOENCODER: new, USAGE: usage}, terms | more
+        if judge is not None:
+            weights[DISCRIMINATOR], terms["discriminator"] = self._judge(judge, pixels, decoded)
+        return weights, ema, terms
+
+    def _judge(self, judge: Tree, pixels: mx.array, decoded: mx.array) -> tuple[Tree, mx.array]:
+        """One step of the discriminator: its new weights and its loss."""
 
         def loss(w: Tree) -> mx.array:
             self._discriminator.update(w)
@@ -103,34 +119,38 @@ class Step:
 
         value, gradients = mx.value_and_grad(loss)(judge)
         self._discriminator.update(judge)
-        judge = self._optimizers.discriminator.apply_gradients(_ordered(gradients), judge)
-        terms = mx.concatenate([terms[:-1], value[None]])
-        return {AUTOENCODER: new, DISCRIMINATOR: judge}, ema, terms, norm
+        return self._optimizers.discriminator.apply_gradients(_ordered(gradients), judge), value
 
     def _loss(
-        self, weights: Tree, pixels: mx.array, eps: mx.array, judge: Tree | None
-    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-        """The autoencoder's loss, its TERMS, and the decoded pictures."""
+        self, weights: Tree, pixels: mx.array, draws: mx.array, judge: Tree | None
+    ) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array, Passage]]:
+        """The autoencoder's loss, its terms, the decoded pictures, and what passed the bottleneck."""
         c = self._config.loss
         self._model.update(weights)
-        moments = self._model.encode(pixels)
-        decoded = self._model.decode(moments.sample(eps))
-        l1 = mx.abs(decoded - pixels).mean()
-        divergence = moments.kl().sum() / pixels.size
-        zero = mx.array(0.0)
-        perceptual = identity = zero
+        passage = self._pass(pixels, draws)
+        decoded = self._model.decode(passage.z)
+        terms = {name: mx.array(0.0) for name in TERMS}
+        terms["l1"] = mx.abs(decoded - pixels).mean()
         if self._perceptual is not None and c.perceptual:
-            perceptual = self._perceptual(decoded, pixels)
+            terms["perceptual"] = self._perceptual(decoded, pixels)
         if self._perceptual is not None and c.identity:
-            identity = self._perceptual.identity(decoded, pixels)
-        adversarial = zero
+            terms["identity"] = self._perceptual.identity(decoded, pixels)
         if judge is not None:
             self._discriminator.update(judge)
-            adversarial = -self._discriminator(decoded).mean()
+            terms["adversarial"] = -self._discriminator(decoded).mean()
         total = (
-            l1 + c.perceptual * perceptual + c.identity * identity + c.kl * divergence + c.gan * adversarial
+            terms["l1"]
+            + c.perceptual * terms["perceptual"]
+            + c.identity * terms["identity"]
+            + c.gan * terms["adversarial"]
+            + passage.loss
         )
-        return total, (mx.stack([l1, perceptual, identity, divergence, adversarial, zero]), decoded)
+        return total, (terms | passage.terms, decoded, passage)
+
+    def _pass(self, pixels: mx.array, draws: mx.array) -> Passage:
+        if isinstance(self._model, AutoencoderVQ):
+            return code_passage(self._model, pixels, self._config.codebook)
+        return normal_passage(self._model, pixels, draws, self._config.loss.kl)
 
     def _update(
         self, weights: Tree, ema: Tree, gradients: Tree, decay: mx.array

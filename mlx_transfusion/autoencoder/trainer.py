@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_transfusion import noise
+from mlx_transfusion.autoencoder.bottleneck import codebook_from, draws, quantized_start, start_usage
 from mlx_transfusion.autoencoder.config import AutoencoderTraining
 from mlx_transfusion.autoencoder.discriminator import GROUPS, Discriminator
 from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
@@ -29,10 +29,11 @@ from mlx_transfusion.autoencoder.measures import measure
 from mlx_transfusion.autoencoder.perceptual import Perceptual
 from mlx_transfusion.autoencoder.pictures import Pictures, to_signed
 from mlx_transfusion.autoencoder.preview import fit_preview
-from mlx_transfusion.autoencoder.step import AUTOENCODER, DISCRIMINATOR, TERMS, Optimizers, Step
+from mlx_transfusion.autoencoder.step import AUTOENCODER, DISCRIMINATOR, USAGE, Optimizers, Step
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ, build_autoencoder
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
@@ -57,32 +58,59 @@ class Trainer:
                 f"{GROUPS}"
             )
         mx.random.seed(config.seed)
-        self.model = AutoencoderKL(config.model)
-        quieten(self.model)
+        self.model = build_autoencoder(config.model)
+        if isinstance(self.model, AutoencoderKL):
+            quieten(self.model)
         d = config.discriminator
         self.discriminator = Discriminator(config.model.in_channels, d.channels, d.layers)
-        if config.init is not None and not ckpt.checkpoints(self.output / "checkpoints"):
-            self._start_from(config.init)
+        if not ckpt.checkpoints(self.output / "checkpoints"):
+            self._start()
         perceptual = None
         if config.loss.perceptual or config.loss.identity:
             perceptual = Perceptual(config.data.size, config.loss.perceptual_blocks)
         self._perceptual = perceptual
         self.optimizers = Optimizers(config)
         weights = {AUTOENCODER: self.model.parameters(), DISCRIMINATOR: self.discriminator.parameters()}
+        if isinstance(self.model, AutoencoderVQ):
+            side = config.data.size // config.model.factor
+            weights[USAGE] = start_usage(self.model, config.batch_size * side**2)
         mx.eval(weights)
         self.optimizers.init(weights)
         self.state = ckpt.TrainState(0, weights, tree_map(lambda w: w, weights[AUTOENCODER]))
         self.step = self._new_step()
 
-    def _start_from(self, folder: str) -> None:
+    def _start(self) -> None:
+        """Weights to start from, and a codebook of elements that the encoder gives for training pictures."""
+        begin = None if self.config.init is None else self._read_start(self.config.init)
+        if isinstance(self.model, AutoencoderVQ) and not isinstance(begin, AutoencoderVQ):
+            if begin is not None:
+                quantized_start(self.model, begin)
+            elements = np.concatenate(
+                [
+                    np.array(self.model.encoded(mx.array(to_signed(part)))).reshape(
+                        -1, self.config.model.latent_channels
+                    )
+                    for part in self.train.first(self.config.scale_pictures, 16)
+                ]
+            )
+            self.model.quantizer.codebook = codebook_from(
+                elements, self.model.codebook_size, self.config.seed
+            )
+        elif begin is not None:
+            self.model.update(begin.parameters())
+
+    def _read_start(self, folder: str) -> AutoencoderKL | AutoencoderVQ:
+        """The autoencoder in `init`; raises UserError when it is of other sizes. A codebook may start from KL."""
         begin = load_autoencoder(folder)
-        free = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size")
+        free = ["scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size"]
+        if begin.config.quantizer is None:
+            free.append("quantizer")
         ours, theirs = self.config.model.to_dict(), begin.config.to_dict()
         if differs := [key for key in ours if ours[key] != theirs[key] and key not in free]:
             raise UserError(
                 f"init {folder}: its {differs[0]} is {theirs[differs[0]]}, [model] says {ours[differs[0]]}"
             )
-        self.model.update(begin.model.parameters())
+        return begin.model
 
     def _new_step(self) -> Step:
         return Step(self.model, self.discriminator, self.optimizers, self.config, self._perceptual)
@@ -139,21 +167,16 @@ class Trainer:
         start = time.perf_counter()
         factor = learning_rate_factor(n, c.steps, c.optimizer)
         self.optimizers.set_factor(factor)
-        side = c.data.size // c.model.factor
-        eps = noise.normal(
-            c.seed, n, (len(pixels), side, side, c.model.latent_channels), "autoencoder/latent"
-        )
-        weights, ema, terms, norm = self.step(
+        weights, ema, terms = self.step(
             self.state.weights,
             self.state.ema,
             mx.array(to_signed(pixels)),
-            mx.array(eps),
+            mx.array(draws(c, n, len(pixels))),
             ema_decay(n, c.ema),
             n >= c.loss.gan_start and c.loss.gan > 0,
         )
-        mx.eval(weights, ema, terms, norm, self.optimizers.state)
-        values = dict(zip(TERMS, np.array(terms).tolist(), strict=True))
-        values["gradient_norm"] = float(np.array(norm))
+        mx.eval(weights, ema, terms, self.optimizers.state)
+        values = {name: float(np.array(value)) for name, value in terms.items()}
         if not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"step {n + 1}: not finite any more ({values}); training stopped, the last checkpoint is good; start "
@@ -211,7 +234,7 @@ class Trainer:
     def _first_latents(self) -> tuple[np.ndarray, np.ndarray]:
         """Means of latents, not normalised, and pixels in [-1, 1], of some training pictures."""
         pixels = [to_signed(part) for part in self.train.first(self.config.scale_pictures, 16)]
-        latents = [np.array(self.model.encode(mx.array(part)).mean) for part in pixels]
+        latents = [np.array(self.model.latents(mx.array(part))) for part in pixels]
         return np.concatenate(latents), np.concatenate(pixels)
 
 
@@ -247,8 +270,9 @@ def train(config: AutoencoderTraining, resume: bool = True) -> Path:
 
 
 def _line(values: dict[str, float]) -> str:
+    codes = f"perplexity {values['perplexity']:.1f} " if "perplexity" in values else ""
     return (
-        f"l1 {values['l1']:.4f} perceptual {values['perceptual']:.3f} adversarial {values['adversarial']:.3f} "
+        f"l1 {values['l1']:.4f} perceptual {values['perceptual']:.3f} adversarial {values['adversarial']:.3f} {codes}"
         f"{values['pictures_per_second']:.1f} pictures/s {values['peak_memory_gb']:.1f} GB"
     )
 

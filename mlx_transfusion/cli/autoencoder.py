@@ -60,7 +60,7 @@ def encode(
     flips: Annotated[bool, typer.Option("--flips", help="Mirrored pictures too.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
-    """Encode a data set once, for training, or one picture; prints the file of latents.
+    """Encode a data set once, for training, or one picture; prints the file of latents (of codes, by a codebook).
 
     It holds the autoencoder's fingerprint: with any other autoencoder it is refused.
     """
@@ -135,11 +135,16 @@ def _facts(loaded: LoadedAutoencoder) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + value.size
     c = loaded.config
     side = c.sample_size // c.factor
+    of = (
+        f"{c.latent_channels}"
+        if c.quantizer is None
+        else f"{c.latent_channels}, each of {c.quantizer.codes} codes"
+    )
     return {
         "autoencoder": str(loaded.path),
         "fingerprint": loaded.fingerprint,
         "parameters": parts | {"total": sum(parts.values())},
-        "latents": f"{c.sample_size}x{c.sample_size}x3 -> {side}x{side}x{c.latent_channels} (factor {c.factor})",
+        "latents": f"{c.sample_size}x{c.sample_size}x3 -> {side}x{side}x{of} (factor {c.factor})",
         "preview": "yes" if loaded.preview is not None else "no",
         "config": c.to_dict(),
     }

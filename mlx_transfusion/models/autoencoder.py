@@ -47,8 +47,8 @@ class Moments(NamedTuple):
         return 0.5 * terms.sum((1, 2, 3))
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the scale of the latents."""
+class Autoencoder(nn.Module):
+    """Encoder, decoder and the scale of the latents: what the kinds of latents share."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = Conv2d(2 * channels, 2 * channels, 1)
+            self.quant_conv = Conv2d(config.encoder_channels, config.encoder_channels, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = Conv2d(channels, channels, 1)
 
@@ -66,17 +66,23 @@ class AutoencoderKL(nn.Module):
         """The configuration it was built from."""
         return self._config
 
-    def encode(self, pixels: mx.array, scope: Scope = WHOLE) -> Moments:
-        """Pixels [B, H, W, 3] in [-1, 1] -> moments [B, h, w, C], not normalised.
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent element."""
+        return self.config.factor
+
+    def latents(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> what `decode` takes for them, z [B, h, w, C]. Raises as `encoded`."""
+        raise NotImplementedError
+
+    def encoded(self, pixels: mx.array, scope: Scope = WHOLE) -> mx.array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> the encoder's numbers [B, h, w, encoder_channels].
 
         Raises UserError for a size that the halvings do not divide, and for another number of channels.
         """
         self.check_pixels(pixels.shape)
         h = self.encoder(pixels.astype(self._dtype), scope)
-        if "quant_conv" in self:
-            h = self.quant_conv(h)
-        mean, logvar = mx.split(h, 2, -1)
-        return Moments(mean, mx.clip(logvar, MIN_LOGVAR, MAX_LOGVAR))
+        return self.quant_conv(h) if "quant_conv" in self else h
 
     def decode(self, z: mx.array, scope: Scope = WHOLE) -> mx.array:
         """Latents z [B, h, w, C], not normalised -> pixels [B, H, W, 3], about [-1, 1] and not clipped.
@@ -133,8 +139,21 @@ class AutoencoderKL(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
 
+class AutoencoderKL(Autoencoder):
+    """Each picture is encoded to a normal distribution."""
+
+    def encode(self, pixels: mx.array, scope: Scope = WHOLE) -> Moments:
+        """Pixels [B, H, W, 3] in [-1, 1] -> moments [B, h, w, C], not normalised. Raises as `encoded`."""
+        mean, logvar = mx.split(self.encoded(pixels, scope), 2, -1)
+        return Moments(mean, mx.clip(logvar, MIN_LOGVAR, MAX_LOGVAR))
+
+    def latents(self, pixels: mx.array) -> mx.array:
+        """The means."""
+        return self.encode(pixels).mean
+
+
 class Encoder(nn.Module):
-    """Pixels to the moments' numbers, before the 1x1 convolution behind them."""
+    """Pixels to the latents' numbers, before the 1x1 convolution behind them."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -146,10 +165,10 @@ class Encoder(nn.Module):
         ]
         self.mid_block = MidBlock(channels[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = group_norm(groups, channels[-1])
-        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.encoder_channels, 3, padding=1)
 
     def __call__(self, x: mx.array, scope: Scope = WHOLE) -> mx.array:
-        """[B, H, W, 3] -> [B, h, w, 2C]."""
+        """[B, H, W, 3] -> [B, h, w, encoder_channels]."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x, scope)
@@ -180,4 +199,4 @@ class Decoder(nn.Module):
         return self.conv_out(silu(scope.normalize(self.conv_norm_out, x)))
 
 
-__all__ = ["AutoencoderConfig", "AutoencoderKL", "Decoder", "Encoder", "Moments"]
+__all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderKL", "Decoder", "Encoder", "Moments"]

@@ -1,4 +1,4 @@
-"""Configuration of the KL autoencoder: the fields of diffusers' config.json that change the graph or the latents."""
+"""Configuration of the autoencoders: the fields of diffusers' config.json that change the graph or the latents."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoder
 IGNORED = ("force_upcast",)
 """Keys of diffusers that say nothing about the numbers (ours are computed in the precision of the weights); so do
 those that begin with an underscore."""
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """What makes a VQ-VAE of the graph (arXiv 1711.00937)."""
+
+    codes: int = 512
+    """Vectors in the codebook, 16,384 in the paper; each has `latent_channels` numbers."""
+
+    def __post_init__(self) -> None:
+        if self.codes < 2:
+            raise UserError(f"autoencoder config: quantizer.codes is {self.codes}, expected 2 or more")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class AutoencoderConfig:
     """One number for each channel, in the place of shift_factor, and under scaling_factor."""
     sample_size: int = 32
     """Longer side of the pictures it was trained on; any multiple of `factor` can be encoded."""
+    quantizer: QuantizerConfig | None = None
+    """A codebook in the place of the normal distribution: VQ, where None is KL."""
     model_type: str = MODEL_TYPE
 
     def __post_init__(self) -> None:
@@ -93,6 +107,11 @@ class AutoencoderConfig:
     def stem(self) -> int:
         """Channels behind the encoder's first convolution."""
         return self.block_out_channels[0] if self.stem_channels is None else self.stem_channels
+
+    @property
+    def encoder_channels(self) -> int:
+        """What the encoder gives for each latent element: mean and log-variance, or the vector to quantise."""
+        return self.latent_channels * (2 if self.quantizer is None else 1)
 
     @property
     def factor(self) -> int:

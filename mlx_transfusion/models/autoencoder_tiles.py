@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_transfusion import noise
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.models.autoencoder import MAX_LOGVAR, MIN_LOGVAR, AutoencoderKL
+from mlx_transfusion.models.autoencoder import MAX_LOGVAR, MIN_LOGVAR, Autoencoder, AutoencoderKL
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.autoencoder_parts import Attention, Scope, attention
 
@@ -47,8 +47,8 @@ class Tiling:
                 raise UserError(f"tiling: {name} is {getattr(self, name)}, expected 1 or more")
 
 
-def decode_tiled(model: AutoencoderKL, z: np.ndarray, tiling: Tiling = Tiling()) -> np.ndarray:
-    """As `AutoencoderKL.decode`: latents z [B, h, w, C], not normalised -> pixels float32 [B, H, W, 3].
+def decode_tiled(model: Autoencoder, z: np.ndarray, tiling: Tiling = Tiling()) -> np.ndarray:
+    """As `Autoencoder.decode`: latents z [B, h, w, C], not normalised -> pixels float32 [B, H, W, 3].
 
     A picture of one tile is decoded whole. Raises UserError for latents of another number of channels.
     """
@@ -62,17 +62,20 @@ def encode_tiled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `AutoencoderKL.encode`: pixels [B, H, W, 3] in [-1, 1] -> mean and logvar float32 [B, h, w, C].
 
+    Raises UserError as `encoded_tiled`.
+    """
+    mean, logvar = np.split(encoded_tiled(model, pixels, tiling), 2, -1)
+    return mean, np.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
+
+
+def encoded_tiled(model: Autoencoder, pixels: np.ndarray, tiling: Tiling = Tiling()) -> np.ndarray:
+    """As `Autoencoder.encoded`: pixels [B, H, W, 3] in [-1, 1] -> float32 [B, h, w, encoder_channels].
+
     Raises UserError for a size that the halvings do not divide, and for another number of channels.
     """
     model.check_pixels(pixels.shape)
-    margin = encoder_reach(model.config)
-
-    def run(x: mx.array, scope: Scope) -> mx.array:
-        return mx.concatenate(list(model.encode(x, scope)), -1)
-
-    moments = np.stack([_one(run, picture, tiling, margin, model.config.factor, 1) for picture in pixels])
-    mean, logvar = np.split(moments, 2, -1)
-    return mean, np.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
+    margin, factor = encoder_reach(model.config), model.config.factor
+    return np.stack([_one(model.encoded, picture, tiling, margin, factor, 1) for picture in pixels])
 
 
 def decoder_reach(config: AutoencoderConfig) -> int:

@@ -7,7 +7,7 @@ convolutions, conv(dx, w) + conv(x, dw). Layout: pictures [B, H, W, C], kernels 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import mlx.core as mx
@@ -31,9 +31,13 @@ def _convolution(stride: int, padding: int, groups: int) -> Convolution:
     function = mx.custom_function(body)
     convolve = cast(Convolution, function)
 
+    folds = stride > 1 and groups == 1
+    """mlx's gradient of a strided convolution is twenty times slower on a CPU than that of one without a stride."""
+
     @function.vjp
     def backward(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
-        return mx.vjp(plain, list(primals), [cotangent])[1]
+        forwards = partial(_folded, stride=stride, padding=padding) if folds else plain
+        return mx.vjp(forwards, list(primals), [cotangent])[1]
 
     @function.jvp
     def forward(primals: Sequence[mx.array], tangents: Sequence[mx.array | None]) -> mx.array:
@@ -43,6 +47,34 @@ def _convolution(stride: int, padding: int, groups: int) -> Convolution:
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     return convolve
+
+
+def _folded(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array:
+    """The same convolution with the stride folded into the channels: blocks of stride x stride pixels become one."""
+    kernel = weight.shape[1:3]
+    out = [(n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], kernel, strict=True)]
+    taps = [-(-k // stride) for k in kernel]
+    sizes = [(n + t - 1) * stride for n, t in zip(out, taps, strict=True)]
+    x = mx.pad(
+        x,
+        [
+            (0, 0),
+            *((padding, max(0, n - padding - m)) for n, m in zip(sizes, x.shape[1:3], strict=True)),
+            (0, 0),
+        ],
+    )
+    x = _fold(x[:, : sizes[0], : sizes[1]], stride)
+    weight = mx.pad(
+        weight, [(0, 0), *((0, t * stride - k) for t, k in zip(taps, kernel, strict=True)), (0, 0)]
+    )
+    return mx.conv2d(x, _fold(weight, stride))
+
+
+def _fold(x: mx.array, block: int) -> mx.array:
+    """[B, block H, block W, C] -> [B, H, W, block block C]."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // block, block, width // block, block, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height // block, width // block, block * block * c)
 
 
 def conv2d(x: mx.array, weight: mx.array, stride: int = 1, padding: int = 0, groups: int = 1) -> mx.array:

@@ -1,8 +1,9 @@
-"""Pictures as latents in a file (made by `autoencoder encode`), in the place of pixels. Imports no mlx.
+"""Pictures as latents or codes in a file (made by `autoencoder encode`), in the place of pixels. Imports no mlx.
 
-The file is a safetensors file with one array "latents" [N, V, h, w, C], float32 or float16, already normalised
-(unit variance); V is 1, or 2 with the mirrored picture behind each. Its metadata says which pictures these are, in
-what size, and the fingerprint of the autoencoder that made them: with another one they are noise.
+The file is a safetensors file with one array: "latents" [N, V, h, w, C], float32 or float16, already normalised
+(unit variance), or "codes" [N, V, h, w], int32. V is 1, or 2 with the mirrored picture behind each. Its metadata
+says which pictures these are, in what size, and the fingerprint of the autoencoder that made them: with another one
+they are noise.
 """
 
 from __future__ import annotations
@@ -18,29 +19,40 @@ import numpy as np
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.image_store import ImageRef
 
-FORMAT, NAME = "mlx-transfusion-latents", "latents"
+FORMAT, LATENTS, CODES = "mlx-transfusion-latents", "latents", "codes"
 DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
     "float16": ("F16", np.dtype("<f2")),
+    "int32": ("I32", np.dtype("<i4")),
 }
+AXES = {LATENTS: 5, CODES: 4}
 
 
 class LatentCache:
     """A file of latents, opened for reading; nothing but its header is read before it is asked for."""
 
-    def __init__(self, file: str | os.PathLike[str]) -> None:
-        """Raises UserError for a file that is missing, cut off, or no such file."""
+    def __init__(self, file: str | os.PathLike[str], kind: str = LATENTS) -> None:
+        """kind: LATENTS or CODES. Raises UserError for a file that is missing, cut off, of the other kind, or no such
+        file.
+
+        What is said of latents below holds for codes, int32 [h, w] in the place of float32 [h, w, C].
+        """
         self.path = Path(file)
         header, offset = _read_header(self.path)
         try:
-            metadata, about = header["__metadata__"], header[NAME]
+            metadata = header["__metadata__"]
             if metadata["format"] != FORMAT:
                 raise ValueError(metadata["format"])
+            if kind not in header and (others := header.keys() & AXES.keys()):
+                raise UserError(
+                    f"{self.path}: holds {min(others)}, expected {kind}: encode with the autoencoder of the model"
+                )
+            about = header[kind]
             self.fingerprint, self.size = str(metadata["autoencoder"]), int(metadata["size"])
             self.names = [str(name) for name in json.loads(metadata["names"])]
             self.shape = tuple(int(n) for n in about["shape"])
             numpy_type = dict(DTYPES.values())[about["dtype"]]
-            if len(self.shape) != 5 or min(self.shape) < 1 or len(self.names) != self.shape[0]:
+            if len(self.shape) != AXES[kind] or min(self.shape) < 1 or len(self.names) != self.shape[0]:
                 raise ValueError(self.shape)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: no file of latents: make one with autoencoder encode") from error
@@ -48,6 +60,7 @@ class LatentCache:
         if self.path.stat().st_size != wanted:
             raise UserError(f"{self.path}: {self.path.stat().st_size} bytes, expected {wanted}: encode again")
         self._latents: np.memmap[Any, Any] = np.memmap(self.path, numpy_type, "r", offset, self.shape)
+        self._numpy_type = np.int32 if kind == CODES else np.float32
         self._place = {name: i for i, name in enumerate(self.names)}
 
     @property
@@ -78,7 +91,7 @@ class LatentCache:
         """
         if flips is not None and any(flips) and not self.flips:
             raise UserError(f"{self.path}: holds no mirrored pictures: encode with --flips, or train without")
-        out = np.empty((len(refs), *self.shape[2:]), np.float32)
+        out = np.empty((len(refs), *self.shape[2:]), self._numpy_type)
         for i, ref in enumerate(refs):
             place = self._place.get(ref.name)
             if place is None:

@@ -469,7 +469,7 @@ def _attach_autoencoder(model: Transfusion, config: TrainConfig, data: DataSet) 
             f"{config.data.latents[0]}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
             f"fingerprint {found.fingerprint}: encode the data set again"
         )
-    model.coder = Coder(found.model, Path(folder))
+    model.coder = Coder(found.latents, Path(folder))
 
 
 def _check_latents(data: DataSet, checkpoint: Path) -> None:
