@@ -128,8 +128,3 @@ class LossWeight(nn.Module):
         """Angles [M] in radians -> w [M]."""
         x = angle[:, None] * self._frequencies
         return self.fc2(mx.tanh(self.fc1(mx.concatenate([mx.cos(x), mx.sin(x)], -1))))[:, 0]
-
-
-def tangent_warmup(step: int, steps: int) -> float:
-    """The factor r of `tangent` at `step` (0-based): it rises evenly to 1 over `steps`; 0 steps switch it off."""
-    return 1.0 if steps <= 0 else min(1.0, step / steps)

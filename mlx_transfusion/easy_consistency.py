@@ -34,23 +34,14 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_transfusion import consistency, trigflow
+from mlx_transfusion.pace import DECAY, STRETCH
 
-STRETCH = 8.0
-"""k: at small angles the gap is up to 1 + k/2 times that at large ones (the paper's value)."""
-DECAY = 0.5
-"""b per unit of tan(a). The paper's 1 counts in pixels of standard deviation 0.5."""
 _TINY = 1e-6
 """Smallest cosine that tan(a) is computed with: cos(pi/2) in float32 is negative."""
 
 
-def stage_gap(step: int, steps: int, stages: int, factor: float) -> float:
-    """The gap at large angles, factor^-(stage + 1), at `step` (0-based) of `steps`, cut into `stages` equal parts."""
-    stage = min(stages - 1, step * stages // max(1, steps))
-    return factor ** -(stage + 1.0)
-
-
 def relative_gap(angle: mx.array, at_noise: float | mx.array) -> mx.array:
-    """gap = 1 - r/t of each picture [M], in (0, 1], for angles [M] and the gap at large angles (`stage_gap`)."""
+    """gap = 1 - r/t of each picture [M], in (0, 1], for angles [M] and the gap at large angles (`pace.stage_gap`)."""
     tangent = mx.sin(angle) / mx.maximum(mx.cos(angle), _TINY)
     return mx.minimum(1.0, at_noise * (1 + STRETCH * mx.sigmoid(-DECAY * tangent)))
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_transfusion import consistency, trigflow
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.pace import tangent_warmup
 
 Network = Callable[[mx.array, mx.array], mx.array]
 TANGENTS = ("normalize", "clip", "none")
@@ -389,8 +390,8 @@ def test_the_weight_starts_at_nothing_and_learns_one_over_the_error() -> None:
 
 
 def test_warmup_rises_evenly_and_stays() -> None:
-    assert [consistency.tangent_warmup(i, 4) for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert consistency.tangent_warmup(0, 0) == 1
+    assert [tangent_warmup(i, 4) for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert tangent_warmup(0, 0) == 1
 
 
 def test_warmup_scales_the_second_term_alone() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_transfusion import consistency, easy_consistency, trigflow
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.pace import stage_gap
 from mlx_transfusion.training.config import ConsistencyConfig
 
 MEAN, STD = 0.3, 0.8
@@ -97,7 +98,7 @@ def test_gap_is_full_at_small_angles_first_and_ends_well_defined() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 500), st.integers(1, 12), FACTORS)
 def test_stages_are_even_parts_of_the_run(steps: int, stages: int, factor: float) -> None:
-    gaps = [easy_consistency.stage_gap(n, steps, stages, factor) for n in range(steps)]
+    gaps = [stage_gap(n, steps, stages, factor) for n in range(steps)]
     assert gaps[0] == 1 / factor
     assert gaps == sorted(gaps, reverse=True)
     if steps >= stages:
@@ -312,7 +313,7 @@ def test_training_finds_the_exact_function(teacher: bool) -> None:
     for n in range(steps):
         z, data = (mx.array(rng.standard_normal((64, width)).astype(np.float32)) for _ in range(2))
         angle = mx.array(rng.uniform(0.02, math.pi / 2, 64).astype(np.float32))
-        pace = mx.array(easy_consistency.stage_gap(n, steps, 8, 2.0))
+        pace = mx.array(stage_gap(n, steps, 8, 2.0))
         compiled(MEAN + STD * data, z, angle, pace)
         mx.eval(state)
     noise = mx.array(rng.standard_normal((64, width)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""sCM by PyTorch against MLX: derivative, tangent, losses, gradients, and whole steps of a distillation."""
+"""sCM and ECT by PyTorch against MLX: tangents, losses, gradients, and whole steps of a distillation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from mlx.utils import tree_flatten  # noqa: E402
 from tiny_training import write_run  # noqa: E402
 from torch_tools import to_torch_model  # noqa: E402
 
-from mlx_transfusion import consistency, model_io  # noqa: E402
+from mlx_transfusion import consistency, easy_consistency, model_io  # noqa: E402
 from mlx_transfusion.config import ModelConfig  # noqa: E402
 from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import consistency as theirs  # noqa: E402
+from mlx_transfusion.torch import easy_consistency as their_ect  # noqa: E402
+from mlx_transfusion.torch.attention import written_out  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
 from mlx_transfusion.torch.machines import Machines  # noqa: E402
 from mlx_transfusion.torch.parallel import processes  # noqa: E402
@@ -58,7 +60,7 @@ def test_tangent_loss_and_gradients(
         _, past = twin.read_prefix(torch.tensor(ids).long())
     arrays = torch.tensor(x), torch.tensor(angle), torch.tensor(v)
     paint = partial(twin.paint, prefix=past, lengths=torch.tensor(lengths))
-    slope = theirs.derivative(partial(paint, plain=True), *arrays)
+    slope = theirs.derivative(partial(paint, attention=written_out), *arrays)
     their_value = paint(*arrays[:2])
     their_raw = theirs.tangent(their_value, slope, *arrays, 0.7)
     close(their_value.detach(), value.network, 1e-5)
@@ -84,6 +86,26 @@ def test_tangent_loss_and_gradients(
             close(p.grad, gradients[name])
 
 
+@pytest.mark.parametrize("at_noise", [0.5, 0.01])
+def test_both_points_of_ect_and_their_difference(at_noise: float) -> None:
+    rng = np.random.default_rng(2)
+    x, v, f, f_earlier = (rng.normal(size=(6, 4, 5)).astype(np.float32) for _ in range(4))
+    angle = np.array([0.0, 0.01, 0.4, 1.1, 1.5, np.pi / 2], np.float32)
+    gap = easy_consistency.relative_gap(mx.array(angle), at_noise)
+    their_gap = their_ect.relative_gap(torch.tensor(angle), at_noise)
+    close(their_gap, gap, 1e-6)
+    ours = [mx.array(a) for a in (x, angle, v)]
+    twins = [torch.tensor(a) for a in (x, angle, v)]
+    point, their_point = easy_consistency.earlier(*ours, gap), their_ect.earlier(*twins, their_gap)
+    for a, b in zip(their_point, point, strict=True):
+        close(a, b, 1e-5)
+    d = easy_consistency.tangent(mx.array(f), mx.array(f_earlier), *ours, gap, point)
+    their_d = their_ect.tangent(torch.tensor(f), torch.tensor(f_earlier), *twins, their_gap, their_point)
+    close(their_d, d)
+    for how in ("normalize", "clip", "none"):
+        close(their_ect.rescale(their_d, how), easy_consistency.rescale(d, how))
+
+
 def test_weight_of_the_loss(tiny_config: ModelConfig) -> None:
     ours, twin = consistency.LossWeight(), theirs.LossWeight()
     rng = np.random.default_rng(0)
@@ -94,7 +116,6 @@ def test_weight_of_the_loss(tiny_config: ModelConfig) -> None:
     np.testing.assert_allclose(
         twin(torch.tensor(angle)).detach(), ours(mx.array(angle)), rtol=1e-5, atol=1e-5
     )
-    assert theirs.tangent_warmup(3, 6) == consistency.tangent_warmup(3, 6) == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +132,9 @@ def teacher(
     return toml, model_io.save_model(folder / "teacher", make_model(config, scale=0.1), tiny_tokenizer)
 
 
-@pytest.mark.parametrize("scales", ["guidance=3.0", "guidance_range=[1.0, 4.0]"])
+@pytest.mark.parametrize(
+    "scales", ["guidance=3.0", "guidance_range=[1.0, 4.0]", 'guidance=2.0\nmethod="ect"\ngap_stages=3']
+)
 def test_three_steps_of_distillation_are_those_of_mlx(
     scales: str, teacher: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -137,7 +160,7 @@ def test_three_steps_of_distillation_are_those_of_mlx(
 def test_options_of_mlx_alone_are_refused(teacher: tuple[Path, Path], tmp_path: Path) -> None:
     toml, folder = teacher
     with processes() as world:
-        for change in ('consistency.method="ect"', 'consistency.student="painter"', "dtype=bfloat16"):
+        for change in ('consistency.method="scm_hops"', 'consistency.student="painter"', "dtype=bfloat16"):
             changes = [f"output={tmp_path}", f"consistency.teacher={folder}", f"init={folder}", change]
             with pytest.raises(UserError):
                 Trainer(load_train_config(toml, changes), Machines(), world)

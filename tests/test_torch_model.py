@@ -20,7 +20,7 @@ from mlx_transfusion import model_io, sequence  # noqa: E402
 from mlx_transfusion.config import ModelConfig  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import folder  # noqa: E402
-from mlx_transfusion.torch.attention import attend, block_mask, dense_mask  # noqa: E402
+from mlx_transfusion.torch.attention import attend, block_mask, dense_mask, written_out  # noqa: E402
 from mlx_transfusion.torch.batch import to_example  # noqa: E402
 from mlx_transfusion.torch.initial import initialise  # noqa: E402
 from mlx_transfusion.torch.model import Transfusion  # noqa: E402
@@ -111,8 +111,10 @@ def test_a_prefix_and_a_picture(pair: tuple[Any, Any]) -> None:
     wanted = model.paint(mx.array(x), mx.array(angle), prefix, mx.array(lengths))
     with torch.no_grad():
         _, theirs = twin.read_prefix(torch.tensor(ids).long())
-        for plain in (False, True):
-            out = twin.paint(torch.tensor(x), torch.tensor(angle), theirs, torch.tensor(lengths), plain=plain)
+        for form in (attend, written_out):
+            out = twin.paint(
+                torch.tensor(x), torch.tensor(angle), theirs, torch.tensor(lengths), attention=form
+            )
             np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -134,8 +136,8 @@ def test_every_mask_case_in_all_forms(case: int) -> None:
     b, t = document.shape
     q, k, v = (torch.randn(b, heads, t, 16, requires_grad=True) for heads in (4, 2, 2))
     found = []
-    for plain in (False, True):
-        out = attend(q, k, v, mask, plain)
+    for form in (attend, written_out):
+        out = form(q, k, v, mask)
         gradients = torch.autograd.grad(out.sin().sum(), (q, k, v))
         found.append([x.detach().numpy() for x in (out, *gradients)])
     for a, wanted in zip(*found, strict=True):

@@ -16,6 +16,7 @@ import ring
 
 from mlx_transfusion import consistency, noise, trigflow
 from mlx_transfusion.models.layers import silu
+from mlx_transfusion.pace import tangent_warmup
 
 BATCH = 256
 LEARNING_RATE = 2e-3
@@ -128,7 +129,7 @@ def train(
 
     signals = []
     for step in range(steps):
-        r = consistency.tangent_warmup(step, round(experiment.warmup * steps))
+        r = tangent_warmup(step, round(experiment.warmup * steps))
         signals.append(update(*draw(step), mx.array(r)))
         mx.eval(state, signals[-1])
         if (step + 1) % max(1, steps // 10) == 0:

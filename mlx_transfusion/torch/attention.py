@@ -8,6 +8,7 @@ Shapes: B rows, T queries, S keys, H heads, K key/value heads, E head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -18,6 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 Mask: TypeAlias = "Tensor | BlockMask | None"
 """Boolean [B, 1, T, S] (True = look), a block mask of the same rule, or None: everything is visible."""
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""A form of attention: q, k, v and mask -> what `attend` gives."""
 
 BLOCK = 128
 """Side of FlexAttention's blocks."""
@@ -49,20 +53,15 @@ def block_mask(document: Tensor, image: Tensor, bidirectional: bool = True) -> B
     return create_block_mask(rule, b, None, t, t, device=document.device, BLOCK_SIZE=BLOCK)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, plain: bool = False) -> Tensor:
-    """Attention of q [B, H, T, E] over k, v [B, K, S, E] -> [B, H, T, E], scaled by 1/sqrt(E).
-
-    plain: written out as products and a softmax, the only form that has a derivative in forward mode. A block mask
-    has no plain form.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention of q [B, H, T, E] over k, v [B, K, S, E] -> [B, H, T, E], scaled by 1/sqrt(E). No forward mode."""
     if isinstance(mask, BlockMask):
         return _flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    if plain:
-        return _written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same as products and a softmax: a form that has a derivative in forward mode."""
     b, h, t, e = q.shape
     grouped = q.reshape(b, k.shape[1], -1, t, e)
     scores = grouped @ k[:, :, None].transpose(-1, -2) * e**-0.5

@@ -83,8 +83,3 @@ class LossWeight(nn.Module):
         frequencies = 8.0 ** torch.linspace(0, 1, self.width // 2, device=angle.device) - 0.5
         x = angle[:, None] * frequencies
         return self.fc2(torch.tanh(self.fc1(torch.cat([x.cos(), x.sin()], -1))))[:, 0]
-
-
-def tangent_warmup(step: int, steps: int) -> float:
-    """The factor r of `tangent` at `step` (0-based): it rises evenly to 1 over `steps`; 0 steps switch it off."""
-    return 1.0 if steps <= 0 else min(1.0, step / steps)

@@ -1,8 +1,8 @@
-"""Gradients of a consistency step on sharded weights: sCM on pictures behind their prefixes, text loss on text.
+"""Gradients of a consistency step on sharded weights: sCM or ECT on pictures behind prefixes, text loss on text.
 
 The batch is that of the MLX side (`training/prefix_data.py`), and so is the objective
-(`training/consistency_step.py`) with method "scm" and student "full": distillation from a guided teacher, with one
-scale or a range of them, or training on the data alone.
+(`training/consistency_step.py`) with student "full": distillation from a guided teacher, with one scale or a range of
+them, or training on the data alone, by sCM or ECT.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from mlx_transfusion.model_path import resolve
 from mlx_transfusion.objective import CONSISTENCY
 from mlx_transfusion.torch import consistency, folder, losses
 from mlx_transfusion.torch.batch import encode, move, to_example
+from mlx_transfusion.torch.fused_jvp import forward_mode_attention
 from mlx_transfusion.torch.initial import initialise
 from mlx_transfusion.torch.model import Transfusion
 from mlx_transfusion.torch.parallel import World, build_sharded
 from mlx_transfusion.torch.patches import patchify
 from mlx_transfusion.torch.step import Step
+from mlx_transfusion.torch.tangents import Networks, States, method_of
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet, Document
 from mlx_transfusion.training.prefix_data import PrefixBatch, count, guidance_scales, prefix_batch
@@ -61,22 +63,33 @@ class Pictures(NamedTuple):
 
 
 class ConsistencyStep(Step):
-    """The objective of sCM (arXiv 2410.11081, Algorithm 1) beside the text loss."""
+    """The objective of sCM (arXiv 2410.11081, Algorithm 1) or ECT (arXiv 2406.14548) beside the text loss."""
 
     def __init__(
-        self, model: Transfusion, config: TrainConfig, world: World, flex: bool, mesh: DeviceMesh
+        self,
+        model: Transfusion,
+        config: TrainConfig,
+        world: World,
+        flex: bool,
+        mesh: DeviceMesh,
+        jvp_attention: str = "plain",
     ) -> None:
-        """Loads and shards the teacher. Raises UserError for options that the MLX side alone has."""
+        """Loads and shards the teacher. jvp_attention: as `Machines.jvp_attention`.
+
+        Raises UserError for options that the MLX side alone has, and for a fused attention that cannot run here.
+        """
         super().__init__(model, config, world, flex)
         assert config.consistency is not None
         self.settings = config.consistency
-        if self.settings.method != "scm" or self.settings.student != "full":
+        if self.settings.method not in ("scm", "ect") or self.settings.student != "full":
             raise UserError(
                 f'consistency.method "{self.settings.method}" with student "{self.settings.student}": the PyTorch '
-                'path has "scm" with student "full"; train the others with mlx-transfusion distill'
+                'path has "scm" and "ect" with student "full"; train the others with mlx-transfusion distill'
             )
         if config.dtype != "float32":
             raise UserError(f'dtype is "{config.dtype}": a consistency model is trained in "float32"')
+        self.method = method_of(self.settings, config.steps)
+        self.jvp_attention = forward_mode_attention(jvp_attention, world.device, model.config.head_dim)
         self.teacher = self._load_teacher(mesh)
         self.loss_weight = consistency.LossWeight().to(world.device)
         initialise(self.loss_weight, model.config, config.seed, f"{LOSS_WEIGHT}.")
@@ -125,9 +138,7 @@ class ConsistencyStep(Step):
         """Add this part's gradients; returns its summed losses [text, image]."""
         pictures = self._pictures(batch)
         hidden, prefix = self.model.read_prefix(pictures.ids)
-        image = self._image_loss(
-            pictures, prefix, consistency.tangent_warmup(step, self.settings.tangent_warmup)
-        )
+        image = self._image_loss(pictures, prefix, self.method.pace(step))
         place, target, weight = (
             self._move(a) for a in (batch.text_index, batch.text_target, batch.text_weight)
         )
@@ -143,25 +154,25 @@ class ConsistencyStep(Step):
         (sums * scale).sum().backward()
         return sums.detach()
 
-    def _image_loss(self, p: Pictures, prefix: list[Any], warmup: float) -> Tensor:
+    def _image_loss(self, p: Pictures, prefix: list[Any], pace: float) -> Tensor:
         """Summed loss of the pictures."""
         cos_velocity = self._cos_velocity(p)
         paint = partial(self.model.paint, lengths=p.lengths, guidance=p.guidance)
         constant = [(k.detach(), v.detach()) for k, v in prefix]
-        slope = consistency.derivative(
-            partial(paint, prefix=constant, plain=True), p.x, p.angle, cos_velocity
+        networks = Networks(
+            partial(paint, prefix=prefix),
+            partial(paint, prefix=constant),
+            partial(paint, prefix=constant, attention=self.jvp_attention),
         )
-        value = paint(p.x, p.angle, prefix=prefix)
-        raw = consistency.tangent(value, slope, p.x, p.angle, cos_velocity, warmup)
-        g = consistency.rescale(raw, self.settings.tangent, self.settings.tangent_constant)
+        t = self.method.tangent(networks, States(p.x, p.angle, cos_velocity), pace)
         log_weight = self.loss_weight(p.angle) if self.settings.adaptive_weight else torch.zeros_like(p.angle)
         real = p.weight > 0
         if bool(real.any()):
             self.seen = {
-                "tangent": float(consistency.rms(raw)[real].mean()),
-                "derivative": float(consistency.rms(slope)[real].mean()),
+                "tangent": float(consistency.rms(t.raw)[real].mean()),
+                "derivative": float(consistency.rms(t.derivative)[real].mean()),
             }
-        return (consistency.image_losses(value, g, log_weight) * p.weight).sum()
+        return (consistency.image_losses(t.network, t.rescaled, log_weight) * p.weight).sum()
 
     @torch.no_grad()
     def _cos_velocity(self, p: Pictures) -> Tensor:

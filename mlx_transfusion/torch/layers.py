@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_transfusion.config import ModelConfig
-from mlx_transfusion.torch.attention import Mask, attend
+from mlx_transfusion.torch.attention import Attend, Mask, attend
 
 KeysValues = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each [B, K, S, E]."""
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(e, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor], past: KeysValues | None, plain: bool
+        self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor], past: KeysValues | None, attention: Attend
     ) -> tuple[Tensor, KeysValues]:
         """Attend from x [B, T, D] to `past` and itself; returns [B, T, D] and the T new keys and values."""
         b, t, _ = x.shape
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
-        out = attend(q, keys, values, mask, plain)
+        out = attention(q, keys, values, mask)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1)), (k, v)
 
 
@@ -95,9 +95,9 @@ class Block(nn.Module):
         mask: Mask,
         rope: tuple[Tensor, Tensor],
         past: KeysValues | None = None,
-        plain: bool = False,
+        attention: Attend = attend,
     ) -> tuple[Tensor, KeysValues]:
         """As Attention: returns the new hidden states [B, T, D] and the new keys and values."""
-        attended, new = self.self_attn(self.input_layernorm(x), mask, rope, past, plain)
+        attended, new = self.self_attn(self.input_layernorm(x), mask, rope, past, attention)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), new

@@ -16,6 +16,8 @@ class Machines:
 
     attention: str = "auto"
     """"dense", "flex", or "auto": flex on CUDA."""
+    jvp_attention: str = "plain"
+    """sCM's derivative: "plain" attention is written out, "flash" is fused (CUDA, `fused_jvp.py`)."""
     compile: bool = False
     """torch.compile of every decoder block."""
     background_save: bool = False

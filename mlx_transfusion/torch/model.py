@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.torch.attention import Mask
+from mlx_transfusion.torch.attention import Attend, Mask, attend
 from mlx_transfusion.torch.layers import Block, KeysValues, rope_angles
 from mlx_transfusion.torch.patches import AngleEmbedding, PatchDecoder, PatchEncoder
 
@@ -81,11 +81,11 @@ class Transfusion(nn.Module):
         prefix: Sequence[KeysValues],
         lengths: Tensor,
         guidance: Tensor | None = None,
-        plain: bool = False,
+        attention: Attend = attend,
     ) -> Tensor:
         """The prediction [M, N, P] for noisy patches [M, N, P] at angles [M], behind a read prefix.
 
-        lengths [M] counts the prefix's real tokens; guidance: scales [M]. plain: with a derivative in forward mode.
+        lengths [M] counts the prefix's real tokens; guidance: scales [M]. attention: its form.
         """
         embedded = self.angle_embedding(angle, guidance)
         n, columns = x.shape[1], prefix[0][0].shape[2]
@@ -94,7 +94,7 @@ class Transfusion(nn.Module):
         mask = torch.cat([seen[:, None].expand(-1, n, -1), own.expand(len(x), n, n)], -1)[:, None]
         tokens, skips = self._patch_tokens(x, embedded)
         places = lengths[:, None, None] + torch.arange(n, device=x.device)
-        hidden, _ = self._run(tokens, mask, places, prefix, plain)
+        hidden, _ = self._run(tokens, mask, places, prefix, attention)
         return self.patch_decoder(hidden, x, embedded, skips)
 
     def cos_velocity(self, x: Tensor, angle: Tensor, prefix: Sequence[KeysValues], lengths: Tensor) -> Tensor:
@@ -115,14 +115,14 @@ class Transfusion(nn.Module):
         mask: Mask,
         places: Tensor,
         past: Sequence[KeysValues | None],
-        plain: bool = False,
+        attention: Attend = attend,
     ) -> tuple[Tensor, list[KeysValues]]:
         """The decoder on token vectors [B, T, D] at places [T] or [B, 1, T]: final hidden states, keys and values."""
         rope, added = rope_angles(self.config, places), []
         for i, (layer, before) in enumerate(zip(self.layers, past, strict=True)):
             if self.checkpointing and i % self.checkpointing == 0 and torch.is_grad_enabled():
-                x, new = checkpoint(layer, x, mask, rope, before, plain, use_reentrant=False)
+                x, new = checkpoint(layer, x, mask, rope, before, attention, use_reentrant=False)
             else:
-                x, new = layer(x, mask, rope, before, plain)
+                x, new = layer(x, mask, rope, before, attention)
             added.append(new)
         return self.norm(x), added

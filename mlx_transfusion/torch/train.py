@@ -43,6 +43,7 @@ def _train(given: argparse.Namespace) -> str:
     compiled = config.compile and torch.cuda.is_available() if given.compile is None else given.compile
     machines = Machines(
         attention=given.attention,
+        jvp_attention=given.jvp_attention,
         compile=compiled,
         background_save=given.background_save,
         replicas=given.replicas,
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     flag("--resume", action=switch, default=True, help="go on from the newest whole checkpoint")
     flag("--attention", choices=("auto", "dense", "flex"), default="auto", help="auto: flex on CUDA")
+    flag("--jvp-attention", choices=("plain", "flash"), default="plain",
+         help="of sCM's derivative; flash is fused, on CUDA, with the package jvp-flash-attention")  # fmt: skip
     flag("--compile", action=switch, help="torch.compile each block; default: the config's, on CUDA alone")
     flag("--background-save", action="store_true", help="write checkpoints while training goes on")
     flag(

@@ -88,7 +88,7 @@ class Trainer:
             return Step(self.model, self.config, self.world, flex)
         from mlx_transfusion.torch.consistency_step import ConsistencyStep
 
-        return ConsistencyStep(self.model, self.config, self.world, flex, mesh)
+        return ConsistencyStep(self.model, self.config, self.world, flex, mesh, self.machines.jvp_attention)
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint, if there is one. Raises UserError for another run's."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_transfusion import angle_hops, consistency, easy_consistency, trigflow
+from mlx_transfusion import angle_hops, consistency, easy_consistency, pace, trigflow
 from mlx_transfusion.training.config import ConsistencyConfig
 
 
@@ -57,7 +57,7 @@ class ContinuousTime:
 
     def pace(self, step: int) -> float:
         """The factor r of the tangent's unstable part, which rises to 1."""
-        return consistency.tangent_warmup(step, self._settings.tangent_warmup)
+        return pace.tangent_warmup(step, self._settings.tangent_warmup)
 
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """g = cos(a) df/da."""
@@ -75,9 +75,7 @@ class EasyTuning:
 
     def pace(self, step: int) -> float:
         """The gap at large angles, which falls stage by stage."""
-        return easy_consistency.stage_gap(
-            step, self._steps, self._settings.gap_stages, self._settings.gap_factor
-        )
+        return pace.stage_gap(step, self._steps, self._settings.gap_stages, self._settings.gap_factor)
 
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """d, the difference of f between both points in units of F and of the gap."""
