@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
@@ -83,22 +83,13 @@ class ModelConfig:
     """Longest sequence (text tokens and patches together) that generation accepts."""
 
     def __post_init__(self) -> None:
-        _one_of("hidden_act", self.hidden_act, ("silu", "relu"))
-        _one_of("prediction", self.prediction, ("epsilon", "velocity"))
-        _one_of("image_attention", self.image_attention, ("bidirectional", "causal"))
-        _one_of("patch_positions", self.patch_positions, ("none", "learned"))
-        _one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
+        one_of("hidden_act", self.hidden_act, ("silu", "relu"))
+        one_of("prediction", self.prediction, ("epsilon", "velocity"))
+        one_of("image_attention", self.image_attention, ("bidirectional", "causal"))
+        one_of("patch_positions", self.patch_positions, ("none", "learned"))
+        one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
         check_positive(self, "model config", _POSITIVE)
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise UserError(
-                f"model config: hidden_size {self.hidden_size} must be an even multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.kv_heads <= 0 or self.num_attention_heads % self.kv_heads:
-            raise UserError(
-                f"model config: num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.kv_heads}"
-            )
+        check_heads(self)
         if self.image_height % self.patch_size or self.image_width % self.patch_size:
             raise UserError(
                 f"model config: image {self.image_width}x{self.image_height} cannot be cut into patches of "
@@ -106,12 +97,7 @@ class ModelConfig:
             )
         if self.patch_encoder == "unet":
             self._check_unet()
-        for name in ("pad", "bos", "eos", "unk", "boi", "eoi"):
-            if not 0 <= getattr(self, f"{name}_token_id") < self.vocab_size:
-                raise UserError(
-                    f"model config: {name}_token_id is {getattr(self, f'{name}_token_id')}, expected 0 to "
-                    f"vocab_size - 1 ({self.vocab_size - 1})"
-                )
+        check_special_ids(self, self.vocab_size)
         if len(self.image_mean) != self.image_channels:
             raise UserError(
                 f"model config: image_mean has {len(self.image_mean)} values, expected one for each of the "
@@ -187,7 +173,43 @@ def check_positive(config: object, what: str, names: Iterable[str]) -> None:
             raise UserError(f"{what}: {name} is {getattr(config, name)}, expected a positive number")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+class _Heads(Protocol):
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+
+def check_heads(config: _Heads) -> None:
+    """Raises UserError unless the heads divide the width, evenly for rotary pairs, and the key/value heads them."""
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise UserError(
+            f"model config: hidden_size {config.hidden_size} must be an even multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    if config.kv_heads <= 0 or config.num_attention_heads % config.kv_heads:
+        raise UserError(
+            f"model config: num_attention_heads {config.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads {config.kv_heads}"
+        )
+
+
+def check_special_ids(config: object, vocabulary: int) -> None:
+    """Raises UserError unless the structural ids are tokens of a text vocabulary."""
+    for name in ("pad", "bos", "eos", "unk", "boi", "eoi"):
+        if not 0 <= getattr(config, f"{name}_token_id") < vocabulary:
+            raise UserError(
+                f"model config: {name}_token_id is {getattr(config, f'{name}_token_id')}, expected 0 to "
+                f"vocab_size - 1 ({vocabulary - 1})"
+            )
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError unless the value is one of those allowed."""
     if value not in allowed:
         raise UserError(f'config: {name} is "{value}", expected one of {", ".join(allowed)}')
 

@@ -25,5 +25,7 @@ class Layout:
     """Tokens that writing never chooses."""
     picture_tokens: int = 0
     """Positions that one picture takes, with the tokens around it."""
+    picture_codes: int = 0
+    """Of a family that writes a picture as tokens: how many. 0 is a family that denoises pictures."""
     max_position: int = 4096
     """Longest sequence that generation accepts."""

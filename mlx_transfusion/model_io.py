@@ -43,9 +43,10 @@ from mlx_transfusion.model_path import (
     is_adapter,
     resolve,
 )
-from mlx_transfusion.models.autoencoder import AutoencoderKL
+from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.models.family import Family, FamilyConfig, PictureFamily, TextFamily
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
+from mlx_transfusion.objective import TOKENS
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 
@@ -53,6 +54,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
 FAMILIES = {
     "bagel": "bagel",
+    "discrete": "discrete",
     "janusflow": "janusflow",
     "llama": "llama",
     "llama_painter": "llama_painter",
@@ -92,6 +94,11 @@ class Loaded:
                 f'model {self.name} is of type "{self.config.model_type}": this needs one of type "transfusion"'
             )
         return self.model
+
+    @property
+    def trainable(self) -> Transfusion | Discrete:
+        """The model, of a family that this package trains from nothing. Raises UserError for a converted one."""
+        return self.model if isinstance(self.model, Discrete) else self.transfusion
 
     @cached_property
     def fingerprint(self) -> str:
@@ -218,7 +225,10 @@ def read_config(path: Path) -> tuple[FamilyConfig, dict[str, Any]]:
     data = read_json(file)
     extra = {key: data.pop(key) for key in EXTRA_KEYS if key in data}
     kind = family(data.get("model_type", "transfusion"), str(file))
-    return kind.config.from_dict(data, str(file)), extra
+    config = kind.config.from_dict(data, str(file))
+    if codes := config.layout.picture_codes:  # the family says so, and no file needs to
+        extra["objective"] = {"name": TOKENS, "codes": codes}
+    return config, extra
 
 
 # ---- weights ----
@@ -291,7 +301,7 @@ def save_model(
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
         _save_weights(path, weights, parameter_count(model))
-        if isinstance(model, Transfusion) and model.coder is not None:
+        if isinstance(model, Transfusion | Discrete) and model.coder is not None:
             _link_autoencoder(model.coder.path, path / AUTOENCODER)
         write_json(path / CONFIG_FILE, config)
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
@@ -300,22 +310,26 @@ def save_model(
 
 
 def attach_autoencoder(model: TextFamily, folder: Path, *, weights: bool = True) -> None:
-    """Give a Transfusion of latents the autoencoder in `folder`, if there is one; others stay as they are.
+    """Give a model of latents or of codes the autoencoder in `folder`, if there is one; others stay as they are.
 
     weights: whether they are read; without them sizes are right, and pictures are noise. Raises UserError for a
-    folder that is corrupt, or whose latents have other channels.
+    folder that is corrupt, or whose latents or codes are of another kind or number.
     """
-    if not isinstance(model, Transfusion) or not folder.is_dir():
+    if not isinstance(model, Transfusion | Discrete) or not folder.is_dir():
         return
-    from mlx_transfusion.autoencoder.folder import load_autoencoder, read_config
+    from mlx_transfusion.autoencoder.folder import load_autoencoder, unread_autoencoder
 
-    found = load_autoencoder(folder).latents if weights else AutoencoderKL(read_config(folder))
-    if found.config.latent_channels != model.config.image_channels:
+    found = load_autoencoder(folder) if weights else unread_autoencoder(folder)
+    if isinstance(model, Discrete):
+        model.attach(found.codes, folder)
+        return
+    coder = found.latents
+    if coder.config.latent_channels != model.config.image_channels:
         raise UserError(
-            f"{folder}: its latents have {found.config.latent_channels} channels, and the model paints "
+            f"{folder}: its latents have {coder.config.latent_channels} channels, and the model paints "
             f"{model.config.image_channels}: use the autoencoder that the model was trained with"
         )
-    model.coder = Coder(found, folder)
+    model.coder = Coder(coder, folder)
 
 
 def _link_autoencoder(source: Path, target: Path) -> None:

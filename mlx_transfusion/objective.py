@@ -1,9 +1,11 @@
-"""What a model was trained to output, as its config.json tells: a diffusion velocity, or a consistency function.
+"""What a model was trained to output: a diffusion velocity, a consistency function, or a picture's tokens.
 
-Both kinds have the same layers and the same `velocity(x, angle, cache)`. Of a diffusion model it is the mean
-velocity at that angle, and many small steps follow it. Of a consistency model it is the network F of sCM
-(arXiv 2410.11081, section 3): cos(a) x - sin(a) F is the end of the whole path, so one step follows it. The
-numbers of one are nonsense in a sampler of the other, hence the record. Imports no numpy and no mlx.
+Of the first two config.json tells, for both have the same layers and the same `velocity(x, angle, cache)`. Of a
+diffusion model it is the mean velocity at that angle, and many small steps follow it. Of a consistency model it is
+the network F of sCM (arXiv 2410.11081, section 3): cos(a) x - sin(a) F is the end of the whole path, so one step
+follows it. The numbers of one are nonsense in a sampler of the other, hence the record. That a model writes its
+pictures as tokens follows from its family and is added when config.json is read (model_io.py).
+Imports no numpy and no mlx.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 
-DIFFUSION, CONSISTENCY = "diffusion", "consistency"
-"""The names of the objectives; the second is also that of the sampler that such a model needs."""
+DIFFUSION, CONSISTENCY, TOKENS = "diffusion", "consistency", "tokens"
+"""The names of the objectives; the second and third are also those of the samplers that such models need."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,18 @@ class Objective:
     """Lowest and highest scale that was learned, of a model that is told the scale."""
     angles: tuple[float, ...] | None = None
     """Its middle angles in radians; None means those of the sampler."""
+    codes: int = 0
+    """Tokens of a picture, of a model that writes them."""
 
     @property
     def consistency(self) -> bool:
         """Whether it is a consistency model."""
         return self.name == CONSISTENCY
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it writes its pictures as tokens."""
+        return self.name == TOKENS
 
     @property
     def guidance_inside(self) -> bool:
@@ -72,8 +81,10 @@ def read_objective(extra: Mapping[str, Any], model: str) -> Objective:
         known = {f.name for f in fields(Objective)}
         table = {key: value for key, value in table.items() if key in known}
     objective = from_dict(Objective, table, where)
-    if objective.name not in (DIFFUSION, CONSISTENCY):
-        raise UserError(f'{where}.name is "{objective.name}": expected "{DIFFUSION}" or "{CONSISTENCY}"')
+    if objective.name not in (DIFFUSION, CONSISTENCY, TOKENS):
+        raise UserError(
+            f'{where}.name is "{objective.name}": expected "{DIFFUSION}", "{CONSISTENCY}" or "{TOKENS}"'
+        )
     if objective.angles is not None:
         from mlx_transfusion.sampling import check_middle_angles
 

@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_transfusion import noise, sampling, trigflow
+from mlx_transfusion.code_painting import paint_codes
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.family import PictureFamily, TextFamily
+from mlx_transfusion.models.family import CodeFamily, PictureFamily, TextFamily
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
 START_STREAM, STEP_STREAM = "generate/start", "generate/step"
@@ -83,8 +84,11 @@ def paint_after(
 
     guide: the keys and values that guidance leads away from, of B rows or of one for all; None means without
     guidance. A model with `guidance_condition` needs none: it is told the scale. picture: its number in the
-    document, which addresses its noise. The caches stay as they are.
+    document, which addresses its noise. The caches stay as they are. A family that writes its pictures gives
+    codes [B, N].
     """
+    if isinstance(model, CodeFamily):
+        return paint_codes(model, cache, seeds, settings, guide=guide, picture=picture, callback=callback)
     velocity = guided_velocity(model, cache, guide, settings)
     return walk(model, velocity, seeds, settings, picture, callback)
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 
 PAD, TEXT, IMAGE = 0, 1, 2
@@ -77,7 +77,23 @@ class PackedBatch:
         return int((self.modality != PAD).sum())
 
 
-def document(segments: Sequence[Segment], config: ModelConfig) -> list[Segment]:
+class Marks(Protocol):
+    """The ids that frame documents and pictures, of the config of a model that is trained here."""
+
+    @property
+    def bos_token_id(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    @property
+    def boi_token_id(self) -> int: ...
+
+    @property
+    def eoi_token_id(self) -> int: ...
+
+
+def document(segments: Sequence[Segment], config: Marks) -> list[Segment]:
     """Wrap segments as a document: BOS first, BOI and EOI around each image, EOS last.
 
     >>> # caption first: BOS caption BOI patches EOI EOS

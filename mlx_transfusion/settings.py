@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.objective import CONSISTENCY, Objective, read_objective
+from mlx_transfusion.objective import CONSISTENCY, TOKENS, Objective, read_objective
 from mlx_transfusion.painting_defaults import NO_DEFAULTS, PaintingDefaults, read_painting_defaults
 
 DIFFUSION_SAMPLER = "dpmpp_2m"
@@ -47,6 +47,10 @@ class GenerationSettings:
     """What guidance leads away from, instead of from a picture without any text."""
     batch_size: int = 1
     """Pictures painted at once."""
+    image_temperature: float = 1.0
+    """Of a picture's tokens, in a model that writes them (`temperature` and the next ones are those of text)."""
+    image_top_p: float = 1.0
+    image_top_k: int = 0
 
     temperature: float = 0.0
     """Of text tokens; 0 always takes the likeliest."""
@@ -67,7 +71,7 @@ class GenerationSettings:
         from mlx_transfusion import sampling
         from mlx_transfusion.token_sampling import check_settings
 
-        if self.sampler is not None:
+        if self.sampler not in (None, TOKENS):
             sampling.get_sampler(self.sampler)
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: use at least 1")
@@ -80,6 +84,7 @@ class GenerationSettings:
         if "" in self.stop:
             raise UserError("a stop text is empty: give at least one character")
         check_settings(self.temperature, self.top_p, self.top_k, 0.0, self.repetition_penalty)
+        check_settings(self.image_temperature, self.image_top_p, self.image_top_k)
         return self
 
     def _check_angles(self) -> None:
@@ -111,6 +116,7 @@ class GenerationSettings:
         of the other kind, guidance on top of guidance that is baked in, and a scale that it has not learned.
         """
         objective = read_objective(extra, model)
+        self._check_tokens(objective, model)
         if objective.consistency:
             self._check_consistency(objective, model)
         elif self.sampler == CONSISTENCY or self.angles is not None:
@@ -120,6 +126,23 @@ class GenerationSettings:
                 f"a consistency model"
             )
         return self.resolve(objective, read_painting_defaults(extra, model))
+
+    def _check_tokens(self, objective: Objective, model: str) -> None:
+        """What belongs to denoising has no place where a picture is written, and the other way round."""
+        if not objective.tokens:
+            if self.sampler == TOKENS or any(getattr(self, n) != getattr(DEFAULTS, n) for n in _OF_TOKENS):
+                raise UserError(
+                    f"model {model} denoises its pictures, and sampler '{TOKENS}', image_temperature, image_top_p "
+                    f"and image_top_k are for one that writes them as tokens: leave them out"
+                )
+            return
+        for name, own in (("sampler", TOKENS), ("steps", objective.codes), ("spacing", DIFFUSION_SPACING),
+                          ("angles", None), ("guidance_interval", DEFAULTS.guidance_interval)):  # fmt: skip
+            if (given := getattr(self, name)) not in (None, own):
+                raise UserError(
+                    f"model {model} writes a picture as {objective.codes} tokens, and {name} {given} is for "
+                    f"denoising: leave it out"
+                )
 
     def _check_consistency(self, objective: Objective, model: str) -> None:
         if self.sampler not in (None, CONSISTENCY):
@@ -165,13 +188,17 @@ class GenerationSettings:
 
         self.check()
         objective = objective or Objective()
-        own = CONSISTENCY if objective.consistency else model.sampler or DIFFUSION_SAMPLER
+        own = objective.name
+        if not (objective.consistency or objective.tokens):
+            own = model.sampler or DIFFUSION_SAMPLER
         sampler = own if self.sampler is None else self.sampler
         consistency = sampler == CONSISTENCY
         if consistency or sampler != own:
             model = PaintingDefaults(guidance=None if consistency else model.guidance)
         angles = self._middle_angles(objective) if consistency else self.angles
-        steps = self.steps or model.steps or get_sampler(sampler).default_steps
+        steps = self.steps or model.steps
+        if steps is None:
+            steps = objective.codes or 1 if sampler == TOKENS else get_sampler(sampler).default_steps
         usual = CONSISTENCY_GUIDANCE if consistency else DIFFUSION_GUIDANCE
         guidance = usual if model.guidance is None else model.guidance
         if objective.guidance_range is not None and objective.guidance is not None:
@@ -217,5 +244,7 @@ class ResolvedSettings(GenerationSettings):
     spacing: str = DIFFUSION_SPACING
     guidance: float = DIFFUSION_GUIDANCE
 
+
+_OF_TOKENS = ("image_temperature", "image_top_p", "image_top_k")
 
 DEFAULTS = GenerationSettings()

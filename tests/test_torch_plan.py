@@ -21,11 +21,11 @@ from torch_tools import make_batch, objective  # noqa: E402
 
 from mlx_transfusion import sequence  # noqa: E402
 from mlx_transfusion.config import PRESETS, ModelConfig, preset  # noqa: E402
+from mlx_transfusion.flops import document_pairs, forward_flops, step_flops, work_of  # noqa: E402
 from mlx_transfusion.sequence import Image, Text  # noqa: E402
 from mlx_transfusion.torch import memory as mem  # noqa: E402
 from mlx_transfusion.torch.batch import to_example  # noqa: E402
 from mlx_transfusion.torch.dry_run import dry_run  # noqa: E402
-from mlx_transfusion.torch.flops import document_pairs, forward_flops, step_flops, work_of  # noqa: E402
 from mlx_transfusion.torch.initial import initialise  # noqa: E402
 from mlx_transfusion.torch.model import Transfusion  # noqa: E402
 

@@ -18,10 +18,10 @@ from tiny_training import write_run  # noqa: E402
 
 from mlx_transfusion import model_io  # noqa: E402
 from mlx_transfusion.errors import UserError  # noqa: E402
+from mlx_transfusion.flops import step_flops, work_of  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import checkpoint as ckpt  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
-from mlx_transfusion.torch.flops import step_flops, work_of  # noqa: E402
 from mlx_transfusion.torch.guard import WINDOW, Guard  # noqa: E402
 from mlx_transfusion.torch.loader import Loader  # noqa: E402
 from mlx_transfusion.torch.machines import Machines, peak_of_name  # noqa: E402

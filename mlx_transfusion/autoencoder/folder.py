@@ -99,6 +99,11 @@ def load_autoencoder(folder: str | os.PathLike[str]) -> LoadedAutoencoder:
     return LoadedAutoencoder(model, path, preview)
 
 
+def unread_autoencoder(folder: Path) -> LoadedAutoencoder:
+    """A folder's autoencoder with fresh weights, to be asked for sizes. Raises UserError as `read_config`."""
+    return LoadedAutoencoder(build_autoencoder(read_config(folder)), folder, None)
+
+
 def read_config(path: Path) -> AutoencoderConfig:
     """config.json of such a folder. Raises UserError for another model's and for diffusers'."""
     file = path / CONFIG_FILE

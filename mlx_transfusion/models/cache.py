@@ -89,6 +89,19 @@ class KVCache:
         out.layers, out.valid, out.positions = list(self.layers), self.valid, self.positions
         return out
 
+    def without_last(self) -> KVCache:
+        """A new cache that has not read each row's last token, so that it can be read again for its logits."""
+        last = self.valid.shape[1] - 1 - np.argmax(self.valid[:, ::-1], 1)
+        valid = self.valid.copy()
+        valid[np.arange(self.batch), last] = False
+        columns = int(np.flatnonzero(valid.any(0)).max(initial=-1)) + 1
+        out = KVCache(len(self.layers), self.batch)
+        out.layers = [
+            None if p is None else (p[0][:, :, :columns], p[1][:, :, :columns]) for p in self.layers
+        ]
+        out.valid, out.positions = valid[:, :columns], self.positions - 1
+        return out
+
     def stack(self, other: KVCache) -> KVCache:
         """A new cache: this one's rows, then the other's; the shorter one is padded with invalid columns."""
         columns = max(self.valid.shape[1], other.valid.shape[1])

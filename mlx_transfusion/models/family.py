@@ -1,9 +1,9 @@
 """What generation asks of a model, whatever its family: to read, to write, and to paint.
 
-Two base classes, because a language model does no more than write. Everything behind the border of `velocity` is
-TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of unit standard deviation. A
-family that was trained to predict noise, clean data or a rectified flow converts inside (trigflow.py), and
-nothing else knows.
+Base classes, because a language model does no more than write, and pictures are denoised or written, too. Everything
+behind the border of `velocity` is TrigFlow: x = cos(a) x0 + sin(a) z at the angle a in [0, pi/2], data and noise of
+unit standard deviation. A family that was trained to predict noise, clean data or a rectified flow converts inside
+(trigflow.py), and nothing else knows.
 
 A module `models/NAME.py` ends with `FAMILY = Family(config class, model class)`; model_io.py lists the names.
 """
@@ -188,3 +188,40 @@ class PictureFamily(TextFamily):
     def decode(self, patches: mx.array) -> mx.array:
         """Patches [B, N, P] -> pixels [B, H, W, C] in [0, 1]."""
         raise NotImplementedError
+
+
+class CodeFamily(PictureFamily):
+    """A model that writes a picture as N codes, ids of its vocabulary like any other, one after the other.
+
+    What other families call patches [B, N, P] are codes int32 [B, N] here, counted from 0.
+    """
+
+    @property
+    def first_code(self) -> int:
+        """Id of code 0; the codes are the last ids of the vocabulary."""
+        raise NotImplementedError
+
+    def code_ids(self, codes: mx.array | np.ndarray) -> np.ndarray:
+        """Codes [B, N] as ids of the vocabulary, int32 [B, N]."""
+        return np.array(codes, np.int32) + self.first_code
+
+    def extend_image(self, x0: mx.array, cache: KVCache) -> None:
+        """Read the codes [B, N] of a finished picture behind BOI into `cache`."""
+        ids = self.code_ids(x0)
+        self.extend_text(ids, np.full(len(ids), ids.shape[1]), cache)
+
+    def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
+        """Read BOI, a picture [B, H, W, 3] in [0, 1] as codes, and EOI; returns the logits [B, V] after it."""
+        layout = self.config.layout
+        ids = np.pad(self.code_ids(self.encode(pixels)), ((0, 0), (1, 1)))
+        ids[:, 0], ids[:, -1] = layout.boi, layout.eoi
+        return self.extend_text(ids, np.full(len(ids), ids.shape[1]), cache)
+
+    def velocity(
+        self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
+    ) -> mx.array:
+        """Raises UserError: nothing is denoised."""
+        raise UserError(
+            f"a {self.config.model_type} model writes its pictures as tokens and has no noise to remove: this needs "
+            "a diffusion model"
+        )

@@ -106,6 +106,9 @@ class Options:
     rope_traditional: bool = False
     """Rotary pairs stand side by side (GGUF) instead of in the two halves of a head."""
     rope_scaling: RopeScaling | None = None
+    post_norm: bool = False
+    """Norms on the outputs of attention and feed-forward layer instead of on their inputs (Swin v2, arXiv
+    2111.09883, 3.2; Chameleon, arXiv 2405.09818, 2.3): no branch can grow faster than the sum."""
 
 
 LLAMA = Options()
@@ -200,10 +203,11 @@ def _relu(x: mx.array) -> mx.array:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block: norms before attention and feed-forward layer, or behind them (`Options.post_norm`)."""
 
     def __init__(self, config: BlockConfig, options: Options = LLAMA) -> None:
         super().__init__()
+        self._post_norm = options.post_norm
         self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, options)
         self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -217,6 +221,10 @@ class Block(nn.Module):
         self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: KeysValues | None = None
     ) -> tuple[mx.array, KeysValues]:
         """As Attention: returns the new hidden states [B, T, D] and the new keys and values."""
+        if self._post_norm:
+            attended, new = self.self_attn(x, mask, offset, past)
+            x = x + self.input_layernorm(attended)
+            return x + self.post_attention_layernorm(self.mlp(x)), new
         attended, new = self.self_attn(self.input_layernorm(x), mask, offset, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), new

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -177,10 +177,22 @@ class Decoder(nn.Module):
         return self.norm(x), added
 
 
+class TokenConfig(BlockConfig, Protocol):
+    """What a language model reads of its config."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+
+    @property
+    def options(self) -> Options:
+        """How its blocks differ from Transfusion's."""
+
+
 class LanguageModel(Decoder):
     """A decoder with the embedding of tokens and, unless that is tied, a text head of its own (`lm_head`)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: TokenConfig) -> None:
         super().__init__(config, config.options)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 

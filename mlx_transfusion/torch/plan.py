@@ -12,8 +12,8 @@ from typing import Any
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.flops import Work, document_pairs, step_flops
 from mlx_transfusion.torch import memory as mem
-from mlx_transfusion.torch.flops import Work, document_pairs, step_flops
 from mlx_transfusion.training.config import TrainConfig, model_config
 from mlx_transfusion.training.data import shares
 

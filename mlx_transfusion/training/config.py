@@ -12,6 +12,8 @@ from typing import Any
 
 from mlx_transfusion.config import ModelConfig, from_dict, preset_fields
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.models.discrete_config import MODEL_TYPE as DISCRETE
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.objective import check_guidance_range
 
 
@@ -33,7 +35,8 @@ class DataConfig:
     train: tuple[SourceConfig, ...]
     valid: tuple[SourceConfig, ...] = ()
     latents: tuple[str, ...] = ()
-    """Files of `autoencoder encode` with the pictures of all sources: the model learns these instead of pixels."""
+    """Files of `autoencoder encode` with the pictures of all sources, latents or codes: the model learns these
+    instead of pixels."""
     autoencoder: str | None = None
     """Folder of the autoencoder that made them; checkpoints carry it, so that they paint."""
     caption_first: float = 0.8
@@ -197,6 +200,8 @@ class TrainConfig:
     sequence_length: int = 256
     image_loss_weight: float = 5.0
     """lambda of L = L_LM + lambda L_diff (arXiv 2408.11039, eq. 4)."""
+    z_loss: float = 1e-5
+    """Weight of log(Z)^2 in a model of type "discrete" (arXiv 2405.09818, 2.3), whose loss has no lambda."""
     seed: int = 0
     dtype: str = "float32"
     """Arithmetic of forward and backward: float32 or bfloat16; weights and optimiser stay float32."""
@@ -280,7 +285,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
         ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep",
          "valid_batches", "data.threads", "consistency.gap_stages"), (1, math.inf)),
     **dict.fromkeys(
-        ("valid_every", "patience", "image_loss_weight", "sample.every", "diffusion.std", "optimizer.learning_rate",
+        ("valid_every", "patience", "image_loss_weight", "z_loss", "sample.every", "diffusion.std",
+         "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
          "optimizer.clip", "consistency.guidance", "consistency.tangent_warmup",
          "consistency.tangent_constant",
@@ -342,10 +348,32 @@ def load_train_config(path: str | Path, overrides: list[str] | None = None) -> T
 
 def model_config(config: TrainConfig, vocab_size: int, special: dict[str, int]) -> ModelConfig:
     """The ModelConfig of a run: preset, then the keys of [model], then the tokenizer's vocabulary."""
+    base, data = _model_table(config)
+    if data.get("model_type") == DISCRETE:
+        raise UserError(f'[model]: model_type is "{DISCRETE}": this needs "transfusion"')
+    return ModelConfig.from_dict({**base, **data, "vocab_size": vocab_size, **special}, "[model]")
+
+
+def discrete_config(config: TrainConfig, vocab_size: int, special: dict[str, int]) -> DiscreteConfig | None:
+    """The config of a run of type "discrete": as `model_config`, with the codes behind the vocabulary.
+
+    Of a preset only what such a model has counts. None for other types.
+    """
+    base, data = _model_table(config)
+    if data.get("model_type") != DISCRETE:
+        return None
+    known = {f.name for f in dataclasses.fields(DiscreteConfig)}
+    base = {key: value for key, value in base.items() if key in known}
+    codes = data.get("codebook_size", 0)
+    size = vocab_size + codes if isinstance(codes, int) else vocab_size
+    return DiscreteConfig.from_dict({**base, **data, "vocab_size": size, **special}, "[model]")
+
+
+def _model_table(config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the preset that [model] names, and its other keys."""
     data = dict(config.model or {})
     name = data.pop("preset", None)
-    base = preset_fields(name, "[model]: ") if name is not None else {}
-    return ModelConfig.from_dict({**base, **data, "vocab_size": vocab_size, **special}, "[model]")
+    return preset_fields(name, "[model]: ") if name is not None else {}, data
 
 
 def override_key(data: dict[str, Any], item: str) -> None:

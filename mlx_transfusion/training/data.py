@@ -92,11 +92,6 @@ class DataSet:
         stream: str = "train",
     ) -> None:
         """Reads all rows (not the pictures). Raises UserError for bad files and rows."""
-        if model.image_channels != 3 and not data.latents:
-            raise UserError(
-                f"[model]: image_channels is {model.image_channels}, and pictures have 3: encode them with an "
-                "autoencoder, and name the file in data.latents"
-            )
         self._data, self._diffusion, self._model, self._tokenizer = data, diffusion, model, tokenizer
         self._seed, self._length, self._stream = seed, sequence_length, stream
         self.rows: list[list[Row]] = []
@@ -110,18 +105,26 @@ class DataSet:
             self.rows.append(loaded.rows)
             self.bad_rows += loaded.bad_rows
         self._weights = [s.weight for s in sources]
-        shape = (model.image_height, model.image_width, model.image_channels)
-        self._pixels: LatentFiles | PixelCache
-        if data.latents:
-            self._pixels = LatentFiles(data.latents, shape)
-        else:
-            limit = int(data.cache_gib * BYTES_PER_GIB)
-            self._pixels = PixelCache(*shape[:2], threads=data.threads, limit_bytes=limit)
+        self._pixels = self._open_pictures()
         self._ids: dict[str, tuple[int, ...]] = {}
+
+    def _open_pictures(self) -> LatentFiles | PixelCache:
+        """What gives the pictures. Raises UserError where that is not what the model learns."""
+        m, data = self._model, self._data
+        if data.latents:
+            shape = (m.image_height, m.image_width, m.image_channels)
+            return LatentFiles(data.latents, shape)
+        if m.image_channels != 3:
+            raise UserError(
+                f"[model]: image_channels is {m.image_channels}, and pictures have 3: encode them with an "
+                "autoencoder, and name the file in data.latents"
+            )
+        limit = int(data.cache_gib * BYTES_PER_GIB)
+        return PixelCache(m.image_height, m.image_width, threads=data.threads, limit_bytes=limit)
 
     @property
     def latents_of(self) -> str | None:
-        """Fingerprint of the autoencoder that made the latents; None of pixels."""
+        """Fingerprint of the autoencoder that made the latents or codes; None of pixels."""
         return self._pixels.fingerprint if isinstance(self._pixels, LatentFiles) else None
 
     def documents(self, step: int, size: int, progress: float = 0.0) -> list[Document]:

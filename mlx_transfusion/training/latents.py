@@ -60,7 +60,7 @@ class LatentCache:
         if self.path.stat().st_size != wanted:
             raise UserError(f"{self.path}: {self.path.stat().st_size} bytes, expected {wanted}: encode again")
         self._latents: np.memmap[Any, Any] = np.memmap(self.path, numpy_type, "r", offset, self.shape)
-        self._numpy_type = np.int32 if kind == CODES else np.float32
+        self.dtype = np.int32 if kind == CODES else np.float32
         self._place = {name: i for i, name in enumerate(self.names)}
 
     @property
@@ -91,7 +91,7 @@ class LatentCache:
         """
         if flips is not None and any(flips) and not self.flips:
             raise UserError(f"{self.path}: holds no mirrored pictures: encode with --flips, or train without")
-        out = np.empty((len(refs), *self.shape[2:]), self._numpy_type)
+        out = np.empty((len(refs), *self.shape[2:]), self.dtype)
         for i, ref in enumerate(refs):
             place = self._place.get(ref.name)
             if place is None:
@@ -103,9 +103,9 @@ class LatentCache:
 class LatentFiles:
     """Several such files as one: what training loads instead of pixels."""
 
-    def __init__(self, files: Sequence[str], shape: Sequence[int]) -> None:
-        """shape: [h, w, C] of the model's pictures. Raises UserError for bad files and for another shape."""
-        self._caches = [LatentCache(file) for file in files]
+    def __init__(self, files: Sequence[str], shape: Sequence[int], kind: str = LATENTS) -> None:
+        """shape: [h, w, C] of the model's pictures, or [h, w] of codes. Raises UserError for other files."""
+        self._caches = [LatentCache(file, kind) for file in files]
         self.fingerprint = self._caches[0].fingerprint
         for cache in self._caches:
             cache.check(self.fingerprint, shape, f"the run's model and {self._caches[0].path}")
@@ -113,9 +113,10 @@ class LatentFiles:
 
     def load(self, refs: Sequence[ImageRef], flips: Sequence[bool] | None = None) -> np.ndarray:
         """As `LatentCache.load`, from the first file that holds a picture."""
-        out = np.empty((len(refs), *self._caches[0].shape[2:]), np.float32)
+        first = self._caches[0]
+        out = np.empty((len(refs), *first.shape[2:]), first.dtype)
         for i, ref in enumerate(refs):
-            cache = self._file_of.get(ref.name, self._caches[0])
+            cache = self._file_of.get(ref.name, first)
             out[i] = cache.load([ref], None if flips is None else [flips[i]])[0]
         return out
 

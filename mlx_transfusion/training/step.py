@@ -114,6 +114,10 @@ class Step:
         gradients, sums = self._gradients(weights, tuple(arrays), target, text_target, text_weight, scale)
         return gradients, sums
 
+    def loss(self, text: float, image: float, text_total: int, image_total: int) -> float:
+        """The objective of a whole step, of its mean losses."""
+        return text + self._config.image_loss_weight * image
+
     def update(self, gradients: Tree, weights: Tree, ema: Tree, decay: float) -> tuple[Tree, Tree, mx.array]:
         """Clip, step the optimiser, move the EMA. Returns (weights, ema, norm of the unclipped gradient)."""
         return self._update(gradients, weights, ema, mx.array(decay))

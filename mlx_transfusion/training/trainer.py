@@ -26,14 +26,17 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded as ModelFolder
 from mlx_transfusion.model_io import load, load_config
 from mlx_transfusion.model_path import AUTOENCODER
+from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.best import Best, write_best
-from mlx_transfusion.training.config import TrainConfig, model_config
+from mlx_transfusion.training.config import TrainConfig, discrete_config, model_config
 from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.data import DataSet
+from mlx_transfusion.training.discrete_data import CodeData
+from mlx_transfusion.training.discrete_step import DiscreteStep, new_discrete
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import make_optimizer, set_learning_rate
@@ -94,7 +97,7 @@ class Trainer:
             "seed": config.seed,
             "sequence_length": config.sequence_length,
         }
-        rows: Any = DataSet
+        rows: Any = CodeData if isinstance(self.model, Discrete) else DataSet
         if self.painting is not None:
             rows, shared["config"] = PainterData, self.model.config
         else:
@@ -126,6 +129,8 @@ class Trainer:
             from mlx_transfusion.finetune.step import AdapterStep
 
             return AdapterStep(self.base, self.optimizer, self.config)
+        if isinstance(self.model, Discrete):
+            return DiscreteStep(self.model, self.optimizer, self.config)
         if self.config.consistency is None:
             return Step(self.model, self.optimizer, self.config)
         teacher = self.teacher.transfusion if self.teacher else None
@@ -235,7 +240,7 @@ class Trainer:
         values = {
             "text_loss": text,
             "image_loss": image,
-            "loss": text + c.image_loss_weight * image,
+            "loss": self.step.loss(text, image, loaded.text_total, loaded.image_total),
             "gradient_norm": gradient_norm,
             "learning_rate": c.optimizer.learning_rate * factor,
             "tokens_per_second": loaded.tokens * self.group.size() / (time.perf_counter() - start),
@@ -378,12 +383,14 @@ def _base(config: TrainConfig) -> Base | None:
     return load_base(config)
 
 
-def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion:
+def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion | Discrete:
     """Random weights from the seed, or those of the model `start`, which must be of the same shape."""
     special = {
         f"{name}_token_id": getattr(tokenizer.special, name)
         for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
     }
+    if (discrete := discrete_config(config, tokenizer.vocab_size, special)) is not None:
+        return new_discrete(config, discrete, start)
     if config.model is not None:
         shape = model_config(config, tokenizer.vocab_size, special)
     else:
@@ -454,12 +461,12 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
     return teacher
 
 
-def _attach_autoencoder(model: Transfusion, config: TrainConfig, data: DataSet) -> None:
-    """Give a model of latents the autoencoder that made them. Raises UserError when it is another, or is missing."""
+def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data: DataSet) -> None:
+    """Give a model of latents or codes the autoencoder that made them. Raises UserError for another and for none."""
     folder = config.data.autoencoder
     if data.latents_of is None or folder is None:
         if data.latents_of is not None and config.sample.every:
-            raise UserError("sample.every needs data.autoencoder, which turns latents into pictures")
+            raise UserError("sample.every needs data.autoencoder, which turns latents or codes into pictures")
         return
     from mlx_transfusion.autoencoder.folder import load_autoencoder
 
@@ -469,7 +476,10 @@ def _attach_autoencoder(model: Transfusion, config: TrainConfig, data: DataSet) 
             f"{config.data.latents[0]}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
             f"fingerprint {found.fingerprint}: encode the data set again"
         )
-    model.coder = Coder(found.latents, Path(folder))
+    if isinstance(model, Discrete):
+        model.attach(found.codes, Path(folder))
+    else:
+        model.coder = Coder(found.latents, Path(folder))
 
 
 def _check_latents(data: DataSet, checkpoint: Path) -> None:
