@@ -88,7 +88,7 @@ def code_targets(
         ids = np.where(packed.modality == IMAGE, flat[packed.patch_row], ids)
     return CodeTargets(
         ids.astype(np.int32),
-        attention_mask(packed.document, np.full_like(packed.image, -1)),
+        attention_mask(packed.document, packed.image, bidirectional=False),
         packed.text_index,
         packed.text_target,
         packed.text_weight,
