@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlx_transfusion.flops import step_flops, work_of
 from mlx_transfusion.torch import losses
 from mlx_transfusion.torch.batch import to_example
-from mlx_transfusion.torch.flops import step_flops, work_of
 from mlx_transfusion.torch.model import Transfusion
 from mlx_transfusion.torch.parallel import World
 from mlx_transfusion.training.config import TrainConfig
