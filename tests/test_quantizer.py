@@ -287,5 +287,5 @@ def test_a_folder_whose_codebook_has_another_size_is_refused(tmp_path: Path) -> 
     folder = save_autoencoder(tmp_path / "vq", vq_model())
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"codes": 16', '"codes": 32'))
-    with pytest.raises(UserError, match=r"quantizer.codebook has shape \(16, 3\), expected \(32, 3\)"):
+    with pytest.raises(UserError, match=r"quantizer.codebook has shape \[16, 3\], expected \[32, 3\]"):
         load_autoencoder(folder)
