@@ -18,6 +18,7 @@ FAMILIES: tuple[str, ...] = (
     "transfusion_pytorch",
     "clip",
     "inception",
+    "lpips",
     "autoencoder",
     "state_dict",
 )

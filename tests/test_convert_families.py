@@ -119,7 +119,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_family_has_a_case() -> None:
-    elsewhere = {"inception"}  # of one size, 95 MB: test_metric_networks.py
+    elsewhere = {"inception", "lpips"}  # of one size, 95 and 10 MB: test_metric_networks.py, test_lpips.py
     assert {name for name, _ in CASES.values()} | elsewhere == {c.name for c in families.converters()}
 
 

@@ -50,12 +50,19 @@ class LossConfig:
     """0 leaves it out, and the weights of EfficientNet-Lite0 with it."""
     perceptual_blocks: tuple[int, ...] = (0, 2, 4, 10)
     """Blocks of EfficientNet-Lite0 (0 to 15) whose output is compared."""
+    lpips: str | None = None
+    """The folder of LPIPS that `convert` wrote: the perceptual distance, in the place of EfficientNet-Lite0."""
     identity: float = 0.0
     """Weight of the distance of pooled features; 0.2 in the paper, on features of MoCo v2."""
     gan: float = 0.5
     gan_start: int = 50000
     """Step from which on the discriminator is trained and counts; one behind the last leaves it out."""
     kl: float = 1e-6
+
+    @property
+    def needs_efficientnet(self) -> bool:
+        """Whether a term compares its features."""
+        return self.identity > 0 or (self.perceptual > 0 and self.lpips is None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class AutoencoderTraining:
                 f"training config: data.size {self.data.size} must be a multiple of {self.model.factor}, which "
                 "the autoencoder's halvings ask for"
             )
-        if (self.loss.perceptual or self.loss.identity) and self.data.size % 32:
+        if self.loss.needs_efficientnet and self.data.size % 32:
             raise UserError(
                 f"training config: data.size {self.data.size} must be a multiple of 32 for the perceptual loss; "
                 "or switch it off with loss.perceptual = 0"
@@ -177,6 +184,7 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
             table[key] = str(folder / table[key])
 
     fix(data, "init")
+    fix(data.get("loss"), "lpips")
     tables = data.get("data", {})
     for split in ("train", "valid"):
         rows = tables.get(split, []) if isinstance(tables, dict) else []

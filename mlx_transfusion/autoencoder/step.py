@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_transfusion.autoencoder.bottleneck import Passage, code_passage, follow, normal_passage
 from mlx_transfusion.autoencoder.config import AutoencoderTraining
 from mlx_transfusion.autoencoder.discriminator import Discriminator, hinge_loss
-from mlx_transfusion.autoencoder.perceptual import Perceptual
+from mlx_transfusion.autoencoder.perceptual import Distance
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
 from mlx_transfusion.training.optimizer import ema_update, make_optimizer, set_learning_rate
@@ -66,10 +66,12 @@ class Step:
         discriminator: Discriminator,
         optimizers: Optimizers,
         config: AutoencoderTraining,
-        perceptual: Perceptual | None,
+        perceptual: Distance | None,
+        identity: Distance | None,
     ) -> None:
+        """perceptual, identity: None where the loss has no such term."""
         self._model, self._discriminator, self._optimizers = model, discriminator, optimizers
-        self._config, self._perceptual = config, perceptual
+        self._config, self._perceptual, self._identity = config, perceptual, identity
         self._compiled: dict[bool, Callable[..., Any]] = {}
 
     def __call__(
@@ -131,10 +133,10 @@ class Step:
         decoded = self._model.decode(passage.z)
         terms = {name: mx.array(0.0) for name in TERMS}
         terms["l1"] = mx.abs(decoded - pixels).mean()
-        if self._perceptual is not None and c.perceptual:
+        if self._perceptual is not None:
             terms["perceptual"] = self._perceptual(decoded, pixels)
-        if self._perceptual is not None and c.identity:
-            terms["identity"] = self._perceptual.identity(decoded, pixels)
+        if self._identity is not None:
+            terms["identity"] = self._identity(decoded, pixels)
         if judge is not None:
             self._discriminator.update(judge)
             terms["adversarial"] = -self._discriminator(decoded).mean()

@@ -26,7 +26,7 @@ from mlx_transfusion.autoencoder.config import AutoencoderTraining
 from mlx_transfusion.autoencoder.discriminator import GROUPS, Discriminator
 from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
 from mlx_transfusion.autoencoder.measures import measure
-from mlx_transfusion.autoencoder.perceptual import Perceptual
+from mlx_transfusion.autoencoder.perceptual import Distance, Perceptual, load_lpips
 from mlx_transfusion.autoencoder.pictures import Pictures, to_signed
 from mlx_transfusion.autoencoder.preview import fit_preview
 from mlx_transfusion.autoencoder.step import AUTOENCODER, DISCRIMINATOR, USAGE, Optimizers, Step
@@ -65,10 +65,7 @@ class Trainer:
         self.discriminator = Discriminator(config.model.in_channels, d.channels, d.layers)
         if not ckpt.checkpoints(self.output / "checkpoints"):
             self._start()
-        perceptual = None
-        if config.loss.perceptual or config.loss.identity:
-            perceptual = Perceptual(config.data.size, config.loss.perceptual_blocks)
-        self._perceptual = perceptual
+        self._perceptual, self._identity = _distances(config)
         self.optimizers = Optimizers(config)
         weights = {AUTOENCODER: self.model.parameters(), DISCRIMINATOR: self.discriminator.parameters()}
         if isinstance(self.model, AutoencoderVQ):
@@ -113,7 +110,9 @@ class Trainer:
         return begin.model
 
     def _new_step(self) -> Step:
-        return Step(self.model, self.discriminator, self.optimizers, self.config, self._perceptual)
+        return Step(
+            self.model, self.discriminator, self.optimizers, self.config, self._perceptual, self._identity
+        )
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if there is one. Raises UserError when it belongs to another run."""
@@ -238,6 +237,17 @@ class Trainer:
         return np.concatenate(latents), np.concatenate(pixels)
 
 
+def _distances(config: AutoencoderTraining) -> tuple[Distance | None, Distance | None]:
+    """The perceptual and the identity loss, None where they have no weight. Raises UserError for missing weights."""
+    c = config.loss
+    network = Perceptual(config.data.size, c.perceptual_blocks) if c.needs_efficientnet else None
+    perceptual: Distance | None = network
+    if c.lpips is not None:
+        perceptual = load_lpips(Path(c.lpips))
+    identity = None if network is None else network.identity
+    return perceptual if c.perceptual else None, identity if c.identity else None
+
+
 def quieten(model: AutoencoderKL) -> None:
     """Let fresh weights give a small variance: theirs is about 1, and the decoder would first see noise alone."""
     last = model.quant_conv if model.config.use_quant_conv else model.encoder.conv_out
@@ -278,7 +288,7 @@ def _line(values: dict[str, float]) -> str:
 
 
 _MAY_CHANGE = re.compile(
-    r"(output|init|log_every|valid_every|valid_pictures|save_every|keep|compile|scale_pictures)"
+    r"(output|init|loss\.lpips|log_every|valid_every|valid_pictures|save_every|keep|compile|scale_pictures)"
     r"|data\.(valid|threads|cache_gib|check_images|skip_bad_rows)\b.*|data\.train\.\d+\.(rows|images)"
 )
 """Keys that may differ on resume without changing what is learned (files may have moved)."""
