@@ -1,0 +1,167 @@
+"""What is compared: tables of variants, and the training config of each run with as many steps as the budget buys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlx_transfusion.config import ModelConfig, from_dict
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.torch.flops import step_flops, work_of
+from mlx_transfusion.training.config import TrainConfig, load_train_config, model_config
+from mlx_transfusion.training.data import DataSet
+
+FOLDER = Path(__file__).parent
+COUNTED_STEPS = 4
+"""Steps whose operations are counted; those of the others differ by their captions alone."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """comparisons.toml: what all tables share."""
+
+    budget_gflop: float
+    """Training operations of a run in 1e9, forward and backward."""
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    variant: str
+    label: str
+    against: str | None = None
+    """Variant that the line is compared with."""
+    paper: tuple[float, ...] = ()
+    """The paper's numbers, of the table's `paper_columns`."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of tables/."""
+
+    title: str
+    rows: tuple[Row, ...]
+    measures: tuple[str, ...]
+    """Names of `measure_run.MEASURES`."""
+    paper_columns: tuple[str, ...] = ()
+    serving: bool = False
+    """Whether the time of painting is measured too."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant trained with a seed."""
+
+    variant: str
+    seed: int
+    sets: tuple[str, ...]
+    """What `mlx-transfusion train base.toml --set` takes to repeat it."""
+    config: TrainConfig
+    model: ModelConfig
+    gflop: float
+    """Of the whole run."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its result."""
+        return f"{self.variant}-seed{self.seed}"
+
+
+def read_plan(folder: Path = FOLDER) -> Plan:
+    """Raises UserError for a bad file."""
+    return from_dict(Plan, _toml(folder / "comparisons.toml"), "comparisons.toml")
+
+
+def read_table(name: str, folder: Path = FOLDER) -> Table:
+    """tables/NAME.toml. Raises UserError for an unknown name and a bad file."""
+    known = table_names(folder)
+    if name not in known:
+        raise UserError(f'table "{name}" is unknown, expected one of {", ".join(known)}')
+    return from_dict(Table, _toml(folder / "tables" / f"{name}.toml"), f"{name}.toml")
+
+
+def table_names(folder: Path = FOLDER) -> list[str]:
+    """All tables there are."""
+    return sorted(p.stem for p in (folder / "tables").glob("*.toml"))
+
+
+def plan_run(variant: str, seed: int, plan: Plan, output: Path, folder: Path = FOLDER) -> Run:
+    """The run of a variant: base.toml, what variants/ says, and the steps that the budget pays for.
+
+    Raises UserError for an unknown variant and for bad keys.
+    """
+    own, base = variant_sets(variant, folder), folder / "base.toml"
+    config = load_train_config(base, list(own))
+    model, gflop = _step_cost(base, own)
+    steps = config.steps if any(s.startswith("steps=") for s in own) else round(plan.budget_gflop / gflop)
+    sets = (*own, f"steps={max(1, steps)}", f"seed={seed}")
+    name = output / f"{variant}-seed{seed}"
+    config = dataclasses.replace(config, steps=max(1, steps), seed=seed, output=str(name))
+    return Run(variant, seed, sets, config, model, gflop * config.steps)
+
+
+def variant_sets(variant: str, folder: Path = FOLDER) -> tuple[str, ...]:
+    """What a variant changes in base.toml, as "key.path=value". Raises UserError for an unknown variant."""
+    file = folder / "variants" / f"{variant}.toml"
+    if not file.is_file():
+        raise UserError(f'variant "{variant}" is unknown: there is no {file.name} in variants/')
+    return tuple(f"{key}={json.dumps(value)}" for key, value in _flat(_toml(file)))
+
+
+def runs_of(table: Table, plan: Plan, output: Path, folder: Path = FOLDER) -> Iterator[Run]:
+    """All runs of a table, seed by seed, so that an interrupted table has whole rows of the first seeds."""
+    for seed in plan.seeds:
+        for row in table.rows:
+            yield plan_run(row.variant, seed, plan, output, folder)
+
+
+@cache
+def _step_cost(base: Path, sets: tuple[str, ...]) -> tuple[ModelConfig, float]:
+    """The model, and the operations in 1e9 of a mean step: what is padding or hidden by the mask does not count."""
+    config = load_train_config(base, list(sets))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    special = {f"{name}_token_id": number for name, number in dataclasses.asdict(tokenizer.special).items()}
+    model = model_config(config, tokenizer.vocab_size, special)
+    data = DataSet(
+        config.data.train, config.data, config.diffusion, model, tokenizer, seed=0,
+        sequence_length=config.sequence_length,
+    )  # fmt: skip
+    total = 0.0
+    for step in range(COUNTED_STEPS):
+        batch = data.batch(data.documents(step, config.batch_size))
+        packed = batch.packed
+        work = work_of(packed, bidirectional=model.bidirectional)
+        padding = packed.ids.size - packed.tokens  # each sees itself
+        total += step_flops(
+            model,
+            dataclasses.replace(
+                work, positions=packed.tokens, pairs=work.pairs - padding, text_targets=batch.text_targets
+            ),
+        )
+    return model, total / COUNTED_STEPS / 1e9
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error

@@ -1,0 +1,89 @@
+"""Power laws through measures at several training budgets, and how much less one model needs (numpy only).
+
+Section 4.2 of arXiv 2408.11039 fits a line to log performance over log operations for either model and reports the
+"parity FLOP ratio": the operations at which Transfusion reaches the baseline's best figure, over those the baseline
+took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_transfusion import noise
+from mlx_transfusion.errors import UserError
+
+SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = factor * x ** exponent."""
+
+    factor: float
+    exponent: float
+    r_squared: float
+    """Share of the variance of log y that the line explains."""
+
+    def at(self, x: float) -> float:
+        """y at x."""
+        return float(self.factor * x**self.exponent)
+
+    def inverse(self, y: float) -> float:
+        """The x that gives y. Raises UserError for a law that is flat."""
+        if self.exponent == 0:
+            raise UserError("a power law with exponent 0 reaches one value only: it has no inverse")
+        return float((y / self.factor) ** (1 / self.exponent))
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Least squares in logarithms. Raises UserError below two different x, and for numbers that are not positive."""
+    a, b = np.array(x, float), np.array(y, float)
+    if len(np.unique(a)) < 2 or not (a > 0).all() or not (b > 0).all():
+        raise UserError("a power law needs positive values at two or more different budgets")
+    u, v = np.log(a), np.log(b)
+    centred = u - u.mean()
+    slope = float(centred @ v / (centred @ centred))
+    left = v - v.mean() - slope * centred
+    spread = float(((v - v.mean()) ** 2).sum())
+    return PowerLaw(
+        float(np.exp(v.mean() - slope * u.mean())), slope, 1 - float(left @ left) / spread if spread else 1.0
+    )
+
+
+def parity_ratio(
+    ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]
+) -> float:
+    """Operations at which our law reaches what theirs gives at their largest budget, over that budget.
+
+    Each is (budgets, values). Below 1: we need less. Raises UserError as `fit`, and for a flat law.
+    """
+    budget = max(theirs[0])
+    return fit(*ours).inverse(fit(*theirs).at(budget)) / budget
+
+
+def parity_interval(
+    ours: tuple[Sequence[float], Sequence[float]],
+    theirs: tuple[Sequence[float], Sequence[float]],
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap interval of the ratio: the runs (points) of either model are drawn again with replacement.
+
+    Draws that hold fewer than two budgets, or whose law has no positive ratio, are left out.
+    """
+    found = []
+    for sample in range(SAMPLES):
+        parts = []
+        for k, (x, y) in enumerate((ours, theirs)):
+            rows = noise.integers(sample, k, len(x), (len(x),), "comparisons/parity")
+            parts.append((np.array(x, float)[rows], np.array(y, float)[rows]))
+        if all(len(np.unique(x)) > 1 for x, _ in parts):
+            budget = max(theirs[0])
+            law, other = fit(*parts[0]), fit(*parts[1])
+            if law.exponent:
+                with np.errstate(over="ignore"):
+                    found.append(law.inverse(other.at(budget)) / budget)
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

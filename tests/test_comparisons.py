@@ -1,0 +1,245 @@
+"""The harness of examples/comparisons: a table end to end in tiny runs, resuming, intervals, power laws."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_evaluation import TOML, write_evaluation
+
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.evaluation.config import load_config
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.config import load_train_config
+
+FOLDER = Path(__file__).parent.parent / "examples" / "comparisons"
+BASE = """
+output = "unused"
+tokenizer = "tokenizer.model"
+batch_size = 4
+sequence_length = 48
+log_every = 1
+save_every = 1
+
+[model]
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+image_height = 16
+image_width = 16
+patch_size = 8
+time_frequencies = 4
+max_position = 64
+
+[[data.train]]
+rows = "data/pairs/train.jsonl"
+images = "data/pairs/train.tar"
+
+[[data.train]]
+rows = "data/texts/train.jsonl"
+"""
+TABLE = """
+title = "Tiny"
+measures = ["velocity", "frechet", "caption", "description"]
+paper_columns = ["FID"]
+serving = true
+[[rows]]
+variant = "many"
+label = "16 patches"
+paper = [1.5]
+[[rows]]
+variant = "few"
+label = "4 patches"
+against = "many"
+paper = [2.5]
+"""
+
+
+class MeanColours:
+    """Features that need no network."""
+
+    name = "mean colours"
+    fingerprint = "mean-colours"
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(len(pixels), -1, 3).mean(1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[Any]:
+    """The modules of the example."""
+    names = ("plan_runs", "intervals", "measure_run", "power_laws", "run_tables")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def example(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
+    """A folder like the example's, with tiny data."""
+    write_evaluation(tmp_path)
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "evaluate.toml").write_text(TOML + "\n")
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "comparisons.toml").write_text("budget_gflop = 0.005\nseeds = [0, 1]\n")
+    for folder in ("variants", "tables"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "variants/few.toml").write_text("")
+    (tmp_path / "variants/many.toml").write_text("[model]\npatch_size = 4\n")
+    (tmp_path / "tables/tiny.toml").write_text(TABLE)
+    return tmp_path
+
+
+def test_a_table_end_to_end(tools: Any, example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, results = example / "runs", example / "results"
+
+    def run(*seeds: int) -> None:
+        tools.run_tables.run_tables(
+            ["tiny"], output, results, folder=example, seeds=seeds or None, extractor=MeanColours()
+        )
+
+    run(0)
+    first = json.loads((results / "few-seed0.json").read_text())
+    many = json.loads((results / "many-seed0.json").read_text())
+    assert first["steps"] > many["steps"] >= 2, "fewer patches buy more steps"
+    assert first["gflop"] == pytest.approx(many["gflop"], rel=0.3)
+    assert first["set"] == [f"steps={first['steps']}", "seed=0"]
+    assert many["set"] == ["model.patch_size=4", f"steps={many['steps']}", "seed=0"]
+    assert set(first["measures"]) == set(tools.measure_run.MEASURES)
+    for name in ("velocity", "picture", "caption", "description", "retrieval"):
+        assert len(first["measures"][name]["values"]) == 5
+    assert "serving" not in [f.stem for f in results.iterdir()], "not before all seeds are there"
+
+    trained: list[str] = []
+    train = tools.run_tables.train
+
+    def counted(config: Any) -> Path:
+        trained.append(config.output)
+        return train(config)
+
+    monkeypatch.setattr(tools.run_tables, "train", counted)
+    run()
+    assert [Path(t).name for t in trained] == ["many-seed1", "few-seed1"], "seed 0 was finished"
+    run()
+    assert len(trained) == 2
+    assert json.loads((results / "few-seed0.json").read_text()) == first
+    table = (results / "tiny.md").read_text()
+    assert "| 16 patches | 1.5 |" in table
+    assert "| 4 patches minus 16 patches |" in table
+    assert "times as fast" in table
+    with Image.open(results / "tiny.png") as picture:
+        assert picture.size[0] > 600
+
+
+def test_an_interrupted_run_goes_on(tools: Any, example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained before the interruption is not trained again, and the result is the same."""
+    plan, table = tools.plan_runs.read_plan(example), tools.plan_runs.read_table("tiny", example)
+    assert [r.name for r in tools.plan_runs.runs_of(table, plan, example, example)] == [
+        "many-seed0", "few-seed0", "many-seed1", "few-seed1",
+    ]  # fmt: skip
+
+    def finish(output: Path) -> dict[str, Any]:
+        run = tools.plan_runs.plan_run("few", 0, plan, output, example)
+        output.mkdir(exist_ok=True)
+        tools.run_tables.finish(run, output, MeanColours(), example, output / "kept.npz")
+        found: dict[str, Any] = json.loads((output / "few-seed0.json").read_text())
+        return found
+
+    whole = finish(example / "whole")
+    measure = tools.run_tables.measure
+    monkeypatch.setattr(tools.run_tables, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finish(example / "parts")
+    assert not list((example / "parts").glob("*.json"))
+    monkeypatch.setattr(tools.run_tables, "measure", measure)
+    later = finish(example / "parts")
+    assert later["measures"] == whole["measures"]
+    assert later["seconds"]["train"] is None, "the time of a resumed run is not known"
+
+
+def test_results_of_other_settings_are_refused(tools: Any, example: Path) -> None:
+    plan = tools.plan_runs.read_plan(example)
+    run = tools.plan_runs.plan_run("few", 0, plan, example, example)
+    tools.run_tables.write(example / "few-seed0.json", {"set": ["steps=7", "seed=0"]})
+    with pytest.raises(UserError, match="was trained with steps=7 seed=0, and the files say steps="):
+        tools.run_tables._finished(run, example)
+    (example / "few-seed0.json").write_text("{")
+    with pytest.raises(UserError, match="delete it and run again"):
+        tools.run_tables._finished(run, example)
+    with pytest.raises(UserError, match='variant "none" is unknown'):
+        tools.plan_runs.plan_run("none", 0, plan, example, example)
+    with pytest.raises(UserError, match='table "none" is unknown, expected one of tiny'):
+        tools.plan_runs.read_table("none", example)
+
+
+def test_the_tables_of_the_example_are_whole(tools: Any) -> None:
+    """Every variant is a valid config, and every `against` is a line of its table."""
+    p = tools.plan_runs
+    assert p.read_plan().budget_gflop > 0
+    assert load_config(FOLDER / "evaluate.toml").counts.losses
+    for name in p.table_names():
+        table = p.read_table(name)
+        variants = [row.variant for row in table.rows]
+        assert all(row.against is None or row.against in variants for row in table.rows)
+        assert all(len(row.paper) in (0, len(table.paper_columns)) for row in table.rows)
+        assert set(table.measures) <= set(tools.measure_run.MEASURES)
+        for variant in variants:
+            load_train_config(FOLDER / "base.toml", list(p.variant_sets(variant)))
+
+
+def test_an_interval_of_one_number_a_run(tools: Any) -> None:
+    found = tools.intervals.figure([{"value": v} for v in (1.0, 2.0, 6.0)])
+    assert found.value == pytest.approx(3)
+    assert (found.low, found.high) == (1, 6)
+    alone = tools.intervals.figure([{"value": 2.0}])
+    assert (alone.low, alone.high) == (2, 2)
+
+
+def test_weights_and_differences(tools: Any) -> None:
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(3, 1, (3, 80)), rng.integers(1, 9, (3, 80))
+    runs = [{"values": v.tolist(), "weights": w.tolist()} for v, w in zip(values, weights, strict=True)]
+    found = tools.intervals.figure(runs)
+    assert found.value == pytest.approx((values * weights).sum() / weights.sum())
+    assert found.low < found.value < found.high
+    higher = [r | {"values": [v + 0.05 for v in r["values"]]} for r in runs]
+    change = tools.intervals.difference(higher, runs)
+    assert change.value == pytest.approx(0.05)
+    assert change.high - change.low < 1e-9, "both have the same items, seeds and weights in every sample"
+    assert found.high - found.low > 0.2
+
+
+def test_power_laws(tools: Any) -> None:
+    laws = tools.power_laws
+    x = [1.0, 3.0, 10.0, 30.0]
+    law = laws.fit(x, [5 * v**-0.25 for v in x])
+    assert (law.factor, law.exponent, law.r_squared) == pytest.approx((5, -0.25, 1))
+    assert law.inverse(law.at(7.0)) == pytest.approx(7)
+    # Theirs at 30 is 4 * 30 ** -0.2; ours gets there at a tenth of that budget by construction.
+    theirs = (x, [4 * v**-0.2 for v in x])
+    at_parity = 4 * 30**-0.2
+    ours = (x, [at_parity * (v / 3) ** -0.5 for v in x])
+    assert laws.parity_ratio(ours, theirs) == pytest.approx(0.1)
+    assert laws.parity_ratio(theirs, theirs) == pytest.approx(1)
+    low, high = laws.parity_interval(ours, theirs)
+    assert low == pytest.approx(0.1)
+    assert high == pytest.approx(0.1), "points without scatter have no spread"
+    rng = np.random.default_rng(1)
+    scattered = (x, [y * rng.lognormal(0, 0.05) for y in ours[1]])
+    low, high = laws.parity_interval(scattered, theirs)
+    assert low < laws.parity_ratio(scattered, theirs) < high
+    with pytest.raises(UserError, match="two or more different budgets"):
+        laws.fit([2.0, 2.0], [1.0, 1.1])
+    with pytest.raises(UserError, match="no inverse"):
+        laws.fit([1.0, 2.0], [3.0, 3.0]).inverse(2.0)
