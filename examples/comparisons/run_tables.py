@@ -76,7 +76,7 @@ def finish(run: Run, results: Path, extractor: FeatureExtractor, folder: Path, k
         "seed": run.seed,
         "set": list(run.sets),
         "steps": run.config.steps,
-        "gflop": round(run.gflop, 2),
+        "gflop": float(f"{run.gflop:.5g}"),
         "parameters": parameter_count(loaded.model),
         "seconds": {
             "train": round(trained - start, 1) if fresh else None,
