@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.flops import step_flops, work_of
 from mlx_transfusion.tokenizer import Tokenizer
-from mlx_transfusion.torch.flops import step_flops, work_of
 from mlx_transfusion.training.config import TrainConfig, load_train_config, model_config
 from mlx_transfusion.training.data import DataSet
 
