@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_transfusion import consistency
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.lanes import lanes
 from mlx_transfusion.model_io import Loaded, load
 from mlx_transfusion.model_path import resolve
 from mlx_transfusion.painting import padded
@@ -140,10 +141,11 @@ class StepCall:
     def __call__(self) -> None:
         """Gradients, update and moving average."""
         trainer, step, state = self.trainer, self.trainer.step, self.trainer.state
-        gradients, sums = step.gradients(state.weights, self.batch, *self.totals, state.step)
-        mx.eval(gradients, sums)
-        weights, ema, norm = step.update(gradients, state.weights, state.ema, trainer.config.ema)
-        mx.eval(weights, ema, trainer.optimizer.state, norm)
+        with lanes(len(self.documents)):
+            gradients, sums = step.gradients(state.weights, self.batch, *self.totals, state.step)
+            mx.eval(gradients, sums)
+            weights, ema, norm = step.update(gradients, state.weights, state.ema, trainer.config.ema)
+            mx.eval(weights, ema, trainer.optimizer.state, norm)
         trainer.state = TrainState(state.step + 1, weights, ema)
         trainer.model.update(step.model_weights(weights))
 

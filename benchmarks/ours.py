@@ -16,6 +16,7 @@ from workload import PICTURE, STEP, Workload, timed
 from mlx_transfusion import __version__, noise, sequence
 from mlx_transfusion.blas import blas_in_use
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.lanes import lanes
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import paint
 from mlx_transfusion.quantization import parameter_count
@@ -102,12 +103,14 @@ class Training:
     def step(self) -> None:
         """Forward, backward and AdamW (and the moving average, which belongs to our step)."""
         batch = self.batch()
-        gradients, sums = self._step.gradients(
-            self._weights, batch, batch.text_targets, self._workload.batch, 0
-        )
-        mx.eval(gradients, sums)
-        self._weights, self._average, norm = self._step.update(gradients, self._weights, self._average, 0.999)
-        mx.eval(self._weights, self._average, self._optimizer.state, norm)
+        count = self._workload.batch
+        with lanes(count):
+            gradients, sums = self._step.gradients(self._weights, batch, batch.text_targets, count, 0)
+            mx.eval(gradients, sums)
+            self._weights, self._average, norm = self._step.update(
+                gradients, self._weights, self._average, 0.999
+            )
+            mx.eval(self._weights, self._average, self._optimizer.state, norm)
         self._model.update(self._weights)
         self._steps += 1
 

@@ -32,6 +32,13 @@ SONAMES = (
     "libmkl_rt.so.2",
 )
 
+THREAD_FUNCTIONS = (
+    ("openblas_get_num_threads", "openblas_set_num_threads"),
+    ("bli_thread_get_num_threads", "bli_thread_set_num_threads"),
+    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+)
+"""To ask for the number of threads and to set it: OpenBLAS, BLIS, MKL."""
+
 HINT = (
     "no fast BLAS found, so MLX computes many times slower on this CPU than it could: apt install "
     f"libopenblas0-pthread (or, without root on x86-64, pip install mkl); {VARIABLE}=off hides this line"
@@ -105,6 +112,26 @@ def blas_in_use() -> str:
     if _is_reference(path):
         return f"reference BLAS (slow): {path}"
     return f"{_product(path) or 'BLAS of an unknown make'}: {path}"
+
+
+def threads() -> int | None:
+    """How many threads the BLAS that serves MLX may use; None where it cannot be asked or told."""
+    names = _thread_functions()
+    return None if names is None else int(getattr(ctypes.CDLL(None), names[0])())
+
+
+def set_threads(count: int) -> None:
+    """Give that BLAS `count` threads, for the whole process; nothing happens where `threads` is None."""
+    if names := _thread_functions():
+        getattr(ctypes.CDLL(None), names[1])(count)
+
+
+def _thread_functions() -> tuple[str, str] | None:
+    """Names of the C functions in the global scope that get and set the number of threads."""
+    if not sys.platform.startswith("linux") or _global_blas() is None:
+        return None
+    everything = ctypes.CDLL(None)
+    return next((pair for pair in THREAD_FUNCTIONS if all(hasattr(everything, name) for name in pair)), None)
 
 
 def _candidates() -> Iterator[str]:

@@ -67,7 +67,14 @@ def edit_images(
         documents = [(sources[i], instructions[i]) for i in rows]
         velocity = _velocity(loaded.pictures, documents, resolved, image_guidance)
         report = step_reporter(loaded, list(rows), on_step)
-        patches = walk(loaded.pictures, velocity, [edits[i].seed for i in rows], resolved, callback=report)
+        patches = walk(
+            loaded.pictures,
+            velocity,
+            [edits[i].seed for i in rows],
+            resolved,
+            callback=report,
+            rows=3 * len(rows),
+        )
         pixels = to_uint8(loaded.pictures.decode(patches))
         seconds = (time.perf_counter() - start) / len(rows)
         for row, i in enumerate(rows):

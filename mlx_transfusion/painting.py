@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_transfusion import noise, sampling, trigflow
 from mlx_transfusion.code_painting import paint_codes
+from mlx_transfusion.lanes import lanes
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import CodeFamily, PictureFamily, TextFamily
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
@@ -90,7 +91,8 @@ def paint_after(
     if isinstance(model, CodeFamily):
         return paint_codes(model, cache, seeds, settings, guide=guide, picture=picture, callback=callback)
     velocity = guided_velocity(model, cache, guide, settings)
-    return walk(model, velocity, seeds, settings, picture, callback)
+    rows = cache.batch if guide is None else 2 * cache.batch
+    return walk(model, velocity, seeds, settings, picture, callback, rows)
 
 
 def walk(
@@ -100,8 +102,12 @@ def walk(
     settings: ResolvedSettings,
     picture: int = 0,
     callback: sampling.Callback | None = None,
+    rows: int = 1,
 ) -> mx.array:
-    """From the noise of B seeds along a (guided) velocity(x [B, N, P], angle) to clean patches [B, N, P]."""
+    """From the noise of B seeds along a (guided) velocity(x [B, N, P], angle) to clean patches [B, N, P].
+
+    rows: how many rows the velocity hands to the model at once, which can be shared out between cores.
+    """
     shape = model.latent_shape
     x = _stack([noise.normal(seed, picture, shape, START_STREAM) for seed in seeds])
 
@@ -109,8 +115,9 @@ def walk(
         return _stack([noise.normal(seed, (picture, step), shape, STEP_STREAM) for seed in seeds])
 
     sampler = sampling.get_sampler(settings.sampler)
-    x = sampler.function(velocity, x, _angles(model, settings), fresh, callback)
-    mx.eval(x)
+    with lanes(rows if model.uses_lanes else 1):
+        x = sampler.function(velocity, x, _angles(model, settings), fresh, callback)
+        mx.eval(x)
     return x
 
 

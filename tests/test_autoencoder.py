@@ -18,7 +18,7 @@ from mlx_transfusion.autoencoder.folder import load_autoencoder
 from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL, Moments
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 TOLERANCE = 1e-4
 

@@ -21,6 +21,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import load, save_model
 from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.gates import silu
 from mlx_transfusion.models.patches import AngleEmbedding
 from mlx_transfusion.models.transfusion import Transfusion, with_painter
 from mlx_transfusion.objective import read_objective
@@ -122,7 +123,7 @@ def test_without_the_condition_nothing_is_different(tiny_config: ModelConfig, tm
     angle = mx.array([0.0, 0.4, 1.5])
     waves = angle[:, None] * embedding._frequencies
     hidden = embedding.fc1(mx.concatenate([mx.cos(waves), mx.sin(waves)], -1))
-    assert mx.array_equal(embedding(angle), embedding.fc2(hidden * mx.sigmoid(hidden)))
+    assert mx.array_equal(embedding(angle), embedding.fc2(silu(hidden)))
     with pytest.raises(AttributeError, match="guidance"):
         embedding(angle, angle)
 

@@ -15,7 +15,7 @@ import numpy as np
 import ring
 
 from mlx_transfusion import consistency, noise, trigflow
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 from mlx_transfusion.pace import tangent_warmup
 
 BATCH = 256

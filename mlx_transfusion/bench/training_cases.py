@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_transfusion.bench.measure import Case
 from mlx_transfusion.images import save_png
+from mlx_transfusion.lanes import lanes
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.training.checkpoint import TrainState
@@ -70,10 +71,11 @@ def _case(trainer: Trainer) -> Case:
 
     def call() -> None:
         state = trainer.state
-        gradients, sums = step.gradients(state.weights, batch, text, pictures, state.step)
-        mx.eval(gradients, sums)
-        weights, ema, norm = step.update(gradients, state.weights, state.ema, trainer.config.ema)
-        mx.eval(weights, ema, trainer.optimizer.state, norm)
+        with lanes(DOCUMENTS):
+            gradients, sums = step.gradients(state.weights, batch, text, pictures, state.step)
+            mx.eval(gradients, sums)
+            weights, ema, norm = step.update(gradients, state.weights, state.ema, trainer.config.ema)
+            mx.eval(weights, ema, trainer.optimizer.state, norm)
         trainer.state = TrainState(state.step + 1, weights, ema)
         trainer.model.update(step.model_weights(weights))
 

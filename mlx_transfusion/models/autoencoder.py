@@ -19,7 +19,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
 from mlx_transfusion.models.autoencoder_parts import WHOLE, DownBlock, MidBlock, Scope, UpBlock, group_norm
 from mlx_transfusion.models.convolution import Conv2d
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 

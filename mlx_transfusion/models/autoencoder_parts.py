@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_transfusion.models.convolution import Conv2d
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 NORM_EPS = 1e-6
 

@@ -83,6 +83,11 @@ class PictureFamily(TextFamily):
     """A model that also paints: N tokens of P numbers a picture, denoised behind a frozen cache."""
 
     @property
+    def uses_lanes(self) -> bool:
+        """Whether `velocity` shares its rows out between the cores of a CPU (lanes.py)."""
+        return False
+
+    @property
     def predicts_noise(self) -> bool:
         """Whether it predicts eps, which says nothing about the picture at pi/2: sampling starts a little below."""
         return False

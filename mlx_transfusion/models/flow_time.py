@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_transfusion import trigflow
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 FREQUENCIES = 128
 """Half of the numbers that the time becomes before the two linear layers."""

@@ -13,6 +13,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_transfusion.models.gates import relu, silu
+
 KeysValues = tuple[mx.array, mx.array]
 """Rotated keys and values of one layer, each [B, K, S, E]."""
 
@@ -186,20 +188,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=bias)
         self.up_proj = nn.Linear(d, f, bias=bias)
         self.down_proj = nn.Linear(f, d, bias=bias)
-        self._act = silu if config.hidden_act == "silu" else _relu
+        self._act = silu if config.hidden_act == "silu" else relu
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, D] -> [B, T, D]."""
         return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
-
-
-def silu(x: mx.array) -> mx.array:
-    """x sigmoid(x). Not mlx's own, which is compiled: that has no gradient inside a forward-mode derivative."""
-    return x * mx.sigmoid(x)
-
-
-def _relu(x: mx.array) -> mx.array:
-    return x * (x > 0)
 
 
 class Block(nn.Module):

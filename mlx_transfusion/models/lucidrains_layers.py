@@ -12,7 +12,8 @@ from math import pi
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_transfusion.models.layers import KeysValues, silu
+from mlx_transfusion.models.gates import silu
+from mlx_transfusion.models.layers import KeysValues
 from mlx_transfusion.models.lucidrains_config import LucidrainsConfig
 
 NO_NORM = 1e-24

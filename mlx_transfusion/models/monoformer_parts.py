@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_transfusion.models.cache import KVCache
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 TIME_WIDTH = 256
 """Sines and cosines of a time step; it does not follow the model's width."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_transfusion.config import ModelConfig
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 from mlx_transfusion.models.unet import Skips, UNetDown, UNetUp
 
 

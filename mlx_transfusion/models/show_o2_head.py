@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.models.layers import MLP, Attention, Options, RopeScaling, silu
+from mlx_transfusion.models.gates import silu
+from mlx_transfusion.models.layers import MLP, Attention, Options, RopeScaling
 from mlx_transfusion.models.vision_layers import gelu_erf
 
 Neutral = tuple[float, ...]

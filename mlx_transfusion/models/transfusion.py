@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.lanes import split
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
@@ -183,6 +184,11 @@ class Transfusion(PictureFamily):
         return self.config.image_channels if self.coder is None else 3
 
     @property
+    def uses_lanes(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def predicts_noise(self) -> bool:
         """Whether the network was trained to predict eps, as the paper's."""
         return self.config.prediction == "epsilon"
@@ -284,13 +290,38 @@ class Transfusion(PictureFamily):
     def _run(
         self, part: Part, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
     ) -> tuple[mx.array, list[KeysValues]]:
-        """The decoder on token vectors [B, T, D] behind `past`: final hidden states, and new keys and values."""
+        """The decoder on token vectors [B, T, D] behind `past`: final hidden states, and new keys and values.
+
+        In open lanes (lanes.py) the rows are shared out between the cores.
+        """
+        lanes = split(*x.shape[:2])
+        if not lanes:
+            return self._run_rows(part, x, mask, offset, past)
+        done = []
+        for stream, rows in lanes:
+            with mx.stream(stream):
+                of_rows = [None if p is None else (p[0][rows], p[1][rows]) for p in past]
+                done.append(self._run_rows(part, x[rows], _of(rows, mask), _of(rows, offset), of_rows))
+        added = [
+            (mx.concatenate([k for k, _ in layer]), mx.concatenate([v for _, v in layer]))
+            for layer in zip(*(new for _, new in done), strict=True)
+        ]
+        return mx.concatenate([hidden for hidden, _ in done]), added
+
+    def _run_rows(
+        self, part: Part, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
+    ) -> tuple[mx.array, list[KeysValues]]:
         added = []
         for layer, before in zip(part.layers, past, strict=True):
             run = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
             x, new = run(x, mask, offset, before)
             added.append(new)
         return part.norm(x), added
+
+
+def _of(rows: slice, value: Any) -> Any:
+    """The part of a mask [B or 1, ...] or of offsets [B] that belongs to some rows; anything else serves all."""
+    return value[rows] if isinstance(value, mx.array) and value.shape[0] > 1 else value
 
 
 def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array) -> tuple[mx.array, Skips]:

@@ -26,7 +26,7 @@ import mlx.nn as nn
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.convolution import Conv2d
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 Skips = tuple[mx.array, ...]
 """Outputs of the encoder's residual blocks in their order, [B, height, width, channels] each.

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_transfusion.config import check_positive
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.convolution import Conv2d, conv2d
-from mlx_transfusion.models.layers import silu
+from mlx_transfusion.models.gates import silu
 
 
 @dataclass(frozen=True)

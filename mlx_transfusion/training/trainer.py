@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.lanes import lanes
 from mlx_transfusion.model_io import Loaded as ModelFolder
 from mlx_transfusion.model_io import load, load_config
 from mlx_transfusion.model_path import AUTOENCODER
@@ -167,7 +168,8 @@ class Trainer:
             self._report_bad_rows()
         try:
             with Progress(config.steps, self.state.step, self.is_main) as progress, Interrupt() as interrupt:
-                with ThreadPoolExecutor(1) as loader:
+                rows = config.batch_size if self.model.uses_lanes else 1
+                with ThreadPoolExecutor(1) as loader, lanes(rows):
                     self._loop(loader, interrupt, progress, log)
                 return self._save()
         finally:

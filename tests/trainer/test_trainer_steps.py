@@ -19,7 +19,7 @@ from tiny_training import (
     state,
 )
 
-from mlx_transfusion import losses
+from mlx_transfusion import blas, lanes, losses
 from mlx_transfusion.model_io import load
 from mlx_transfusion.training.step import to_arrays
 from mlx_transfusion.training.trainer import Trainer, train
@@ -96,6 +96,31 @@ def test_ways_to_compute_the_same_gradients(config: MakeConfig) -> None:
         wanted = wanted or gradients
         assert_close(wanted, gradients, tolerance)
         assert all(np.abs(g).max() > 0 for g in gradients.values())
+
+
+@pytest.mark.parametrize("option", ["compile=true", "compile=false", "gradient_checkpointing=true"])
+def test_gradients_in_lanes_are_the_same(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """Rows shared out between three cores, compiled or not."""
+    monkeypatch.setattr(blas, "threads", lambda: 3)
+    monkeypatch.setattr(blas, "set_threads", lambda count: None)
+    monkeypatch.setattr(lanes, "MIN_TOKENS", 1)
+
+    def gradients(rows: int) -> tuple[dict[str, np.ndarray], list[float]]:
+        trainer = Trainer(config(option))
+        loaded = trainer._load(0)
+        with lanes.lanes(rows):
+            found, sums = trainer.step.gradients(
+                trainer.state.weights, loaded.parts[0], loaded.text_total, loaded.image_total, 0
+            )
+            mx.eval(found, sums)
+        return {name: np.array(value) for name, value in tree_flatten(found)}, sums.tolist()
+
+    wanted, wanted_sums = gradients(1)
+    found, sums = gradients(8)
+    assert sums == pytest.approx(wanted_sums, rel=1e-5)
+    assert_close(wanted, found, 1e-5)
 
 
 def test_the_objective_is_the_weighted_sum_of_the_two_means(config: MakeConfig) -> None:
