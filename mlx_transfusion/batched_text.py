@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_transfusion import noise
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.greedy import ban, check_choice, is_greedy, likeliest
 from mlx_transfusion.interleave import TOKEN_STREAM, Tokens
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
@@ -73,9 +74,7 @@ class _Batch:
         layout, size = loaded.config.layout, loaded.config.vocab_size
         never = {*layout.banned, *range(loaded.tokenizer.vocab_size, size), layout.boi}
         self.banned = sorted(i for i in never if i is not None)
-        mask = np.zeros(size, np.float32)
-        mask[self.banned] = -np.inf
-        self.mask = mx.array(mask)
+        self.mask = ban(self.banned, size)
 
     def run(self) -> None:
         """Write until every row is finished."""
@@ -84,7 +83,7 @@ class _Batch:
         for row, content in zip(ids, self.rows, strict=True):
             row[: len(content.ids)] = content.ids
         logits, cache = self.loaded.model.prefill(ids, lengths)
-        if self.settings.temperature == 0 and self.settings.repetition_penalty == 1:
+        if is_greedy(self.settings):
             self._run_greedy(logits, cache)
             return
         while going := self._push_all(self._draw(logits)):
@@ -94,19 +93,23 @@ class _Batch:
 
     def _run_greedy(self, logits: mx.array, cache: KVCache) -> None:
         """The likeliest tokens stay on the device, so the next step is under way before they are looked at."""
-        tokens = self._likeliest(logits)
+        tokens, scores = likeliest(logits, self.mask)
         while True:
-            following = self._likeliest(
-                self.loaded.model.extend_text(tokens[:, None], np.ones(len(self.rows), int), cache)  # type: ignore[arg-type]
-            )
-            mx.async_eval(following)
+            if all(row.count + 1 == self.settings.max_tokens for row in self.rows):
+                check_choice(scores)
+                self._push_all(tokens.tolist())  # type: ignore[arg-type]
+                return
+            logits = self.loaded.model.extend_text(tokens[:, None], np.ones(len(self.rows), int), cache)  # type: ignore[arg-type]
+            following, following_scores = likeliest(logits, self.mask)
+            mx.async_eval(following, following_scores)
+            check_choice(scores)
             going = self._push_all(tokens.tolist())  # type: ignore[arg-type]
             if not going:
                 return
             if len(going) < len(self.rows):
                 following = following[mx.array(going)]
             cache = self._keep(going, cache)
-            tokens = following
+            tokens, scores = following, following_scores
 
     def _push_all(self, tokens: list[int]) -> list[int]:
         """Add a token to each row; which rows go on."""
@@ -117,9 +120,6 @@ class _Batch:
             return cache
         self.rows = [self.rows[i] for i in going]
         return cache.select(going)
-
-    def _likeliest(self, logits: mx.array) -> mx.array:
-        return mx.argmax(logits.astype(mx.float32) + self.mask, -1)
 
     def _draw(self, logits: mx.array) -> list[int]:
         """The next token of every row, from logits [B, V]."""

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_transfusion import noise
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Finished, GeneratedImage, Painted, Step, Token
+from mlx_transfusion.greedy import ban, check_choice, is_greedy, likeliest
 from mlx_transfusion.images import ImageLike, load_pixels
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
@@ -112,6 +113,10 @@ class _Document:
         noise.uniform(seed, 0)  # a bad seed shall not come up after an hour of painting
         self.negative = negative_prefix(loaded, settings) if settings.max_images else None
         self.pictures = 0
+        self.ahead = False  # whether the cache has read the token that is chosen now
+        self.masks: dict[
+            int, mx.array
+        ] = {}  # by the number of banned tokens, which only the one of pictures changes
         self.read: list[int] = []  # all token ids so far, those around pictures too
         self.written: list[int] = []  # text tokens so far, the prompt's too
         self.run_ids: list[int] = []  # those since the last picture
@@ -189,6 +194,9 @@ class _Document:
     def _extend(self, ids: list[int]) -> None:
         """Read text tokens; the logits of what follows them are kept."""
         self.read += ids
+        if self.ahead:
+            self.ahead = False
+            return
         self.logits = self.model.extend_text(np.array([ids], np.int32), np.array([len(ids)]), self.cache)
 
     def _guide(self, model: PictureFamily) -> KVCache | None:
@@ -206,12 +214,20 @@ class _Document:
         """Tokens that still fit the longest sequence of the model."""
         return self.layout.max_position - int(self.cache.lengths[0])
 
-    def _next_token(self, index: int) -> int:
-        s, layout = self.settings, self.layout
+    def _banned(self) -> list[int]:
+        """Tokens that cannot come now."""
+        layout = self.layout
         # Rows of the head that only round its size up are no tokens.
         banned = [*layout.banned, *range(self.loaded.tokenizer.vocab_size, self.loaded.config.vocab_size)]
-        if layout.boi is not None and (self.pictures >= s.max_images or self._room() < layout.picture_tokens):
+        full = self.pictures >= self.settings.max_images or self._room() < layout.picture_tokens
+        if layout.boi is not None and full:
             banned.append(layout.boi)
+        return banned
+
+    def _next_token(self, index: int) -> int:
+        s, banned = self.settings, self._banned()
+        if is_greedy(s):
+            return self._likeliest(index, banned)
         return sample_token(
             self.logits[0].astype(mx.float32),  # numpy has no bfloat16
             temperature=s.temperature,
@@ -222,6 +238,19 @@ class _Document:
             banned=banned,
             u=float(noise.uniform(self.seed, index, stream=TOKEN_STREAM)),
         )
+
+    def _likeliest(self, index: int, banned: list[int]) -> int:
+        """The likeliest token; unless it is the last one, the cache is reading it before we know it."""
+        mask = self.masks.get(len(banned))
+        if mask is None:
+            mask = self.masks[len(banned)] = ban(banned, self.loaded.config.vocab_size)
+        token, score = likeliest(self.logits, mask)
+        if index + 1 < self.settings.max_tokens and self._room() > 1:
+            self.logits = self.model.extend_text(token[:, None], np.ones(1, int), self.cache)  # type: ignore[arg-type]
+            self.ahead = True
+            mx.async_eval(token, score, self.logits)
+        check_choice(score)
+        return int(token.item())
 
     def _paint(self) -> GeneratedImage:
         """Paint the picture that BOI opens, and read it."""

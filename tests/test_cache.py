@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from full_forward import full_forward, random_images
 
-from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.models.cache import GROWTH, KVCache
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.sequence import Image, Text
 
@@ -156,3 +156,21 @@ def test_positions_may_move_otherwise_than_columns() -> None:
     both = cache.stack(cache.select([1]))._widened(5)
     assert both.positions.tolist() == [1, 7, 7]
     assert cache.snapshot().positions.tolist() == [1, 7]
+
+
+def test_columns_are_added_in_place_and_copies_stay() -> None:
+    """Keys written token by token, past the columns that are allocated at once, are those of one concatenation."""
+    rng, cache = np.random.default_rng(0), KVCache(1, 2)
+    kept = np.zeros((2, 3, 0, 4), np.float32)
+    copies: list[tuple[KVCache, int]] = []
+    for count in [5, *[1] * (GROWTH + 4), 7]:
+        new = rng.normal(size=(2, 3, count, 4)).astype(np.float32)
+        cache.append([(mx.array(new), mx.array(-new))], np.ones((2, count), bool))
+        kept = np.concatenate([kept, new], 2)
+        if kept.shape[2] in (5, 9, GROWTH + 5):
+            copies.append((cache.snapshot(), kept.shape[2]))
+    copies.append((cache, kept.shape[2]))
+    for copy, columns in copies:
+        assert copy.layers[0] is not None
+        np.testing.assert_array_equal(copy.layers[0][0], kept[:, :, :columns])
+        np.testing.assert_array_equal(copy.layers[0][1], -kept[:, :, :columns])

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from full_forward import Double
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_transfusion import interleave, sequence, trigflow
@@ -331,14 +331,22 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     def install(ids: Sequence[int]) -> None:
         tokens: Iterator[int] = iter([*ids, 2])
         monkeypatch.setattr(interleave, "sample_token", lambda logits, **_: next(tokens))
+        monkeypatch.setattr(interleave, "likeliest", lambda *_: (mx.array([next(tokens)]), mx.zeros(1)))
 
     return install
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_interleaved_loop_equals_a_full_pass(
-    loaded: Loaded, script: Callable[[Sequence[int]], None], monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded,
+    script: Callable[[Sequence[int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
 ) -> None:
-    """The logits after text, image, text, image, text are those of one pass over the document it made."""
+    """The logits after text, image, text, image, text are those of one pass over the document it made.
+
+    The likeliest tokens (temperature 0) are read ahead, EOS too.
+    """
     painted: list[mx.array] = []
 
     def spy(*args: object, **kwargs: object) -> mx.array:
@@ -348,7 +356,8 @@ def test_interleaved_loop_equals_a_full_pass(
     monkeypatch.setattr(interleave, "paint_after", spy)
     cat, dog, moon = (loaded.tokenizer.encode(word) for word in ("cat", "dog", "moon"))
     script([*cat, 4, *dog, 4, *moon])
-    document = interleave._Document(loaded, ["red heart"], 3, FEW.resolve(), None)
+    settings = dataclasses.replace(FEW, temperature=temperature).resolve()
+    document = interleave._Document(loaded, ["red heart"], 3, settings, None)
     events = list(document.run())
     kinds = [type(e).__name__ for e in events]
     assert [k for i, k in enumerate(kinds) if i == 0 or k != kinds[i - 1]] == [
@@ -359,7 +368,7 @@ def test_interleaved_loop_equals_a_full_pass(
     assert [e.image.index for e in events if isinstance(e, Painted)] == [0, 1]
 
     prompt = loaded.tokenizer.encode("red heart")
-    row = [[1, *prompt, *cat, 4], None, [5, *dog, 4], None, [5, *moon]]
+    row = [[1, *prompt, *cat, 4], None, [5, *dog, 4], None, [5, *moon, *([] if temperature else [2])]]
     logits, _ = full_pass(loaded.model, [row], mx.concatenate(painted), [0.0, 0.0])
     np.testing.assert_allclose(np.array(document.logits)[0], logits[0, -1], atol=1e-4)
 
@@ -387,14 +396,14 @@ def test_a_completion_stays_inside_its_limits(loaded: Loaded, monkeypatch: pytes
 
     record = banned
     monkeypatch.setattr(interleave, "sample_token", paint_if_possible)
-    chosen = dataclasses.replace(FEW, max_images=100, max_tokens=1000)
+    chosen = dataclasses.replace(FEW, max_images=100, max_tokens=1000, temperature=1)
     document = interleave._Document(loaded, ["red heart"], 1, chosen.resolve(), None)
     events = list(document.run())
     assert events[-1] == Finished("length")
     assert int(document.cache.lengths[0]) <= loaded.config.max_position
     assert sum(isinstance(e, Painted) for e in events) >= 5
     assert all({0, 1, 3, 5} <= b for b in banned)
-    two = dataclasses.replace(FEW, max_images=2, max_tokens=5)
+    two = dataclasses.replace(FEW, max_images=2, max_tokens=5, temperature=1)
     events = list(complete(loaded, "red heart", 1, two))
     assert sum(isinstance(e, Painted) for e in events) == 2
     assert events[-1] == Finished("length")
@@ -458,6 +467,9 @@ def test_bad_input_is_found_before_the_first_event(loaded: Loaded) -> None:
     stop=st.lists(st.text(alphabet="catdo h\u00e9", min_size=1, max_size=3), max_size=2),
 )
 def test_streamed_text_equals_the_text_at_once(tiny_tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
+    assume(
+        not any(a != b and a in b for a in stop for b in stop)
+    )  # the inner one ends the text before the outer
     ids = tiny_tokenizer.encode(text)
     stream = TextStream(tiny_tokenizer, stop=stop)
     pieces = []

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
-from mlx_transfusion.models.layers import KeysValues, Mask
+from mlx_transfusion.models.layers import KeysValues, Mask, Slot
+
+GROWTH = 256
+"""Columns that are allocated at once for tokens that come one by one."""
 
 
 class KVCache:
     """Frozen keys and values of B rows.
 
     Every row occupies the same S columns; shorter rows have columns marked invalid, which attention masks.
-    `lengths` counts the valid ones. Arrays are replaced, never written in place, so a copy made by `select` or
-    `snapshot` stays as it was.
+    `lengths` counts the valid ones. A copy made by `select` or `snapshot` stays as it was, whatever this one reads.
     """
 
     def __init__(self, layers: int, batch: int) -> None:
-        self.layers: list[KeysValues | None] = [None] * layers
+        self._room: list[KeysValues | None] = [None] * layers
+        """Keys and values of each layer, [B, K, S or more, E]: the columns behind S are free."""
         self.valid = np.zeros((batch, 0), bool)
         self.positions = np.zeros(batch, int)
         """Position of each row's next token [B]: the number of valid columns, unless a family counts otherwise."""
+
+    @property
+    def layers(self) -> list[KeysValues | None]:
+        """Keys and values of each layer, [B, K, S, E]; None where nothing has been read."""
+        return [None if room is None else _first(room, self.valid.shape[1]) for room in self._room]
+
+    @layers.setter
+    def layers(self, layers: Sequence[KeysValues | None]) -> None:
+        self._room = list(layers)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,11 +81,16 @@ class KVCache:
 
         advance: how far each row's position moves [B]; None means one for each token.
         """
-        for i, (k, v) in enumerate(new):
-            past = self.layers[i]
-            self.layers[i] = (
-                (k, v) if past is None else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
-            )
+        for slot, (k, v) in zip(self.slots(), new, strict=False):
+            slot.join(k, v)
+        self.advance(valid, advance)
+
+    def slots(self) -> list[Slot]:
+        """One place a layer, which takes the keys and values of the next tokens; then comes `advance`."""
+        return [_Slot(self._room, i, self.valid.shape[1]) for i in range(len(self._room))]
+
+    def advance(self, valid: np.ndarray, advance: np.ndarray | None = None) -> None:
+        """Count T columns that every layer has taken; arguments as of `append`."""
         self.valid = np.concatenate([self.valid, valid], 1)
         self.positions = self.positions + (valid.sum(1) if advance is None else advance)
 
@@ -79,14 +98,14 @@ class KVCache:
         """A new cache with the given rows, in that order (a row may repeat)."""
         out = KVCache(len(self.layers), len(rows))
         index = mx.array(rows)
-        out.layers = [None if p is None else (p[0][index], p[1][index]) for p in self.layers]
+        out._room = [None if p is None else (p[0][index], p[1][index]) for p in self.layers]
         out.valid, out.positions = self.valid[rows], self.positions[rows]
         return out
 
     def snapshot(self) -> KVCache:
         """An independent copy (cheap: arrays are shared)."""
         out = KVCache(len(self.layers), self.batch)
-        out.layers, out.valid, out.positions = list(self.layers), self.valid, self.positions
+        out._room, out.valid, out.positions = list(self._room), self.valid, self.positions
         return out
 
     def without_last(self) -> KVCache:
@@ -109,7 +128,7 @@ class KVCache:
         out = KVCache(len(self.layers), a.batch + b.batch)
         for i, (p, q) in enumerate(zip(a.layers, b.layers, strict=True)):
             if p is not None and q is not None:
-                out.layers[i] = (mx.concatenate([p[0], q[0]]), mx.concatenate([p[1], q[1]]))
+                out._room[i] = (mx.concatenate([p[0], q[0]]), mx.concatenate([p[1], q[1]]))
         out.valid = np.concatenate([a.valid, b.valid])
         out.positions = np.concatenate([a.positions, b.positions])
         return out
@@ -120,7 +139,42 @@ class KVCache:
             return self
         out = KVCache(len(self.layers), self.batch)
         pad = [(0, 0), (0, 0), (0, missing), (0, 0)]
-        out.layers = [None if p is None else (mx.pad(p[0], pad), mx.pad(p[1], pad)) for p in self.layers]
+        out._room = [None if p is None else (mx.pad(p[0], pad), mx.pad(p[1], pad)) for p in self.layers]
         out.valid = np.pad(self.valid, [(0, 0), (0, missing)])
         out.positions = self.positions
         return out
+
+
+class _Slot(Slot):
+    """One layer of a cache, before tokens that are read now."""
+
+    def __init__(self, room: list[KeysValues | None], layer: int, start: int) -> None:
+        self._room, self._layer, self._start = room, layer, start
+
+    def join(self, k: mx.array, v: mx.array) -> KeysValues:
+        """Write keys and values [B, K, T, E] behind those of S tokens; returns all [B, K, S+T, E].
+
+        An array that nobody else holds is written where it stands, any other is copied first.
+        """
+        end = self._start + k.shape[2]
+        room = self._room[self._layer]
+        if room is None:
+            self._room[self._layer] = k, v
+            return k, v
+        if room[0].shape[2] < end:
+            room = _grown(room, self._start, end)
+        at = mx.array([self._start])
+        new = mx.slice_update(room[0], k, at, (2,)), mx.slice_update(room[1], v, at, (2,))
+        self._room[self._layer] = new
+        return _first(new, end)
+
+
+def _first(room: KeysValues, columns: int) -> KeysValues:
+    return room if room[0].shape[2] == columns else (room[0][:, :, :columns], room[1][:, :, :columns])
+
+
+def _grown(room: KeysValues, used: int, needed: int) -> KeysValues:
+    """Copies with free columns behind those in use."""
+    free = [(0, 0), (0, 0), (0, needed + GROWTH - used), (0, 0)]
+    k, v = _first(room, used)
+    return mx.pad(k, free), mx.pad(v, free)

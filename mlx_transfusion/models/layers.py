@@ -18,6 +18,17 @@ from mlx_transfusion.models.gates import relu, silu
 KeysValues = tuple[mx.array, mx.array]
 """Rotated keys and values of one layer, each [B, K, S, E]."""
 
+
+class Slot(Protocol):
+    """One layer's place in a cache that grows where it stands (`KVCache.slots`)."""
+
+    def join(self, k: mx.array, v: mx.array) -> KeysValues:
+        """Write the keys and values [B, K, T, E] of new tokens; returns those of all tokens [B, K, S+T, E]."""
+
+
+Past = KeysValues | Slot | None
+"""What attention finds before its tokens: keys and values, a place that takes new ones too, or nothing."""
+
 Mask = mx.array | str | None
 """Boolean [B, 1, T, S+T] (True = look), the string "causal", or None (everything is visible)."""
 
@@ -143,7 +154,7 @@ class Attention(nn.Module):
             self.k_norm = Norm(e, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: KeysValues | None = None
+        self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: Past = None
     ) -> tuple[mx.array, KeysValues]:
         """Attend from `x` [B, T, D] to `past` and itself.
 
@@ -157,9 +168,7 @@ class Attention(nn.Module):
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, offset), self._rotate(k, offset)
-        keys, values = (
-            (k, v) if past is None else (mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2))
-        )
+        keys, values = join(past, k, v)
         out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=self._head_dim**-0.5, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
 
@@ -177,6 +186,15 @@ class Attention(nn.Module):
             offset=offset,
             freqs=self._periods,
         )
+
+
+def join(past: Past, k: mx.array, v: mx.array) -> KeysValues:
+    """Keys and values of what came before and of new tokens, [B, K, S+T, E] each."""
+    if past is None:
+        return k, v
+    if isinstance(past, tuple):
+        return mx.concatenate([past[0], k], 2), mx.concatenate([past[1], v], 2)
+    return past.join(k, v)
 
 
 class MLP(nn.Module):
@@ -211,7 +229,7 @@ class Block(nn.Module):
         self.mlp.down_proj.weight = self.mlp.down_proj.weight * shrink
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: KeysValues | None = None
+        self, x: mx.array, mask: Mask, offset: int | mx.array = 0, past: Past = None
     ) -> tuple[mx.array, KeysValues]:
         """As Attention: returns the new hidden states [B, T, D] and the new keys and values."""
         if self._post_norm:

@@ -29,6 +29,7 @@ from mlx_transfusion.models.layers import (
     Mask,
     Norm,
     Options,
+    Past,
     RopeScaling,
 )
 
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
         x: mx.array,
         mask: Mask = "causal",
         offset: int | mx.array = 0,
-        past: Sequence[KeysValues | None] | None = None,
+        past: Sequence[Past] | None = None,
     ) -> tuple[mx.array, list[KeysValues]]:
         """Token vectors [B, T, D] from position `offset` on, behind `past` (one entry a layer; None: nothing).
 
@@ -201,8 +202,8 @@ class LanguageModel(Decoder):
         ids, lengths = mx.array(ids), np.asarray(lengths)  # ids on the device are not waited for
         new = np.arange(ids.shape[1]) < lengths[:, None]
         x = self.embed_tokens(ids)
-        hidden, added = self.run(x, cache.text_mask(new), cache.offset(), cache.layers)
-        cache.append(added, new)
+        hidden, _ = self.run(x, cache.text_mask(new), cache.offset(), cache.slots())
+        cache.advance(new)
         return hidden[mx.arange(len(ids)), mx.array(lengths - 1)]
 
 
