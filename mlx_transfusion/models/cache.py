@@ -115,9 +115,7 @@ class KVCache:
         valid[np.arange(self.batch), last] = False
         columns = int(np.flatnonzero(valid.any(0)).max(initial=-1)) + 1
         out = KVCache(len(self.layers), self.batch)
-        out.layers = [
-            None if p is None else (p[0][:, :, :columns], p[1][:, :, :columns]) for p in self.layers
-        ]
+        out._room = [None if p is None else _first(p, columns) for p in self._room]
         out.valid, out.positions = valid[:, :columns], self.positions - 1
         return out
 
