@@ -250,7 +250,7 @@ class _Document:
             self.ahead = True
             mx.async_eval(token, score, self.logits)
         check_choice(score)
-        return int(token.item())
+        return int(token.item())  # type: ignore[arg-type]
 
     def _paint(self) -> GeneratedImage:
         """Paint the picture that BOI opens, and read it."""
