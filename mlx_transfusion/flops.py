@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.sequence import PackedBatch
 
 
@@ -55,7 +56,7 @@ def document_pairs(length: int, patches: int = 0) -> int:
     return length * (length + 1) // 2 + patches * (patches - 1) // 2
 
 
-def forward_flops(config: ModelConfig, work: Work) -> float:
+def forward_flops(config: ModelConfig | DiscreteConfig, work: Work) -> float:
     """Operations of one forward pass."""
     c = config
     d, f, e = c.hidden_size, c.intermediate_size, c.head_dim
@@ -65,19 +66,25 @@ def forward_flops(config: ModelConfig, work: Work) -> float:
     return c.num_hidden_layers * layer + head + work.pictures * picture_flops(c)
 
 
-def step_flops(config: ModelConfig, work: Work) -> float:
+def step_flops(config: ModelConfig | DiscreteConfig, work: Work) -> float:
     """Operations of forward and backward, without recomputation: what MFU counts."""
     return 3 * forward_flops(config, work)
 
 
-def picture_flops(config: ModelConfig) -> float:
-    """Operations of one picture's angle embedding, patch encoder and decoder, forward."""
+def picture_flops(config: ModelConfig | DiscreteConfig) -> float:
+    """Operations of one picture outside the decoder, forward.
+
+    Of Transfusion: angle embedding, patch encoder and patch decoder. Of a discrete model: the head over its codes,
+    each of which is predicted. The autoencoder of either has worked before the run.
+    """
     c, d, n = config, config.hidden_size, config.patches_per_image
+    if isinstance(c, DiscreteConfig):
+        return 2 * n * d * c.vocab_size
     angle = 2 * d * (2 * c.time_frequencies + d)
     skip = 2 * d * c.patch_dim if c.patch_skip else 0
     if c.patch_encoder == "linear":
         return angle + skip + 4 * n * d * c.patch_dim
-    return angle + skip + _unet_flops(config)
+    return angle + skip + _unet_flops(c)
 
 
 def _unet_flops(config: ModelConfig) -> float:

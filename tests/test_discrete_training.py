@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from tiny_training import Crash, assert_same, crash_after, metrics, state, top, write_run
 
+from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.flops import Work, forward_flops, picture_flops
 from mlx_transfusion.model_io import load
 from mlx_transfusion.models.discrete import Discrete
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.sequence import IMAGE
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import load_train_config
 from mlx_transfusion.training.discrete_data import targets_of
+from mlx_transfusion.training.shape import mean_step_flops, run_data, run_shape
 from mlx_transfusion.training.trainer import Trainer, train
 
 TABLES = """
@@ -193,3 +198,37 @@ def test_training_starts_from_another_of_its_kind(place: Path, tmp_path: Path) -
         np.testing.assert_array_equal(value, expected[name])
     with pytest.raises(UserError, match=r"init .*: its hidden_size is 32, \[model\] of this run says 64"):
         Trainer(config(place, tmp_path / "third", f"init={first}", "model.hidden_size=64"))
+
+
+def test_operations_of_a_step_are_those_that_pytorch_counts(place: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from discrete_torch import logits
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trainer = Trainer(config(place, tmp_path))
+    ids = list(range(20))
+    with FlopCounterMode(display=False) as counter:
+        logits(trainer.model, torch.tensor([ids]))
+    # A whole row of text: PyTorch computes what the mask hides, and the head at every position.
+    work = Work(len(ids), len(ids) ** 2, len(ids), 0)
+    assert forward_flops(trainer.model.config, work) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_operations_of_a_run_of_either_kind(place: Path, tmp_path: Path) -> None:
+    """The same rows and decoder: the difference is the head over codes, the mask, and the patches' layers."""
+    discrete = config(place, tmp_path)
+    table = {key: value for key, value in discrete.model.items() if key != "codebook_size"}
+    table |= {"model_type": "transfusion", "patch_size": 4, "image_height": 8, "image_width": 8}
+    diffusion = dataclasses.replace(
+        discrete, model=table, data=dataclasses.replace(discrete.data, latents=())
+    )
+    tokenizer = Tokenizer.load(discrete.tokenizer)
+    d, t = run_shape(discrete, tokenizer), run_shape(diffusion, tokenizer)
+    assert (type(d), type(t)) == (DiscreteConfig, ModelConfig)
+    data = run_data(discrete, d, tokenizer)
+    counts = np.array([data.count(one) for step in range(4) for one in data.documents(step, 6)])
+    text, pictures = counts.sum(0) / 4
+    n = d.patches_per_image
+    pairs = 4 * d.hidden_size * d.num_hidden_layers * n * (n - 1) / 2
+    more = 3 * (pictures * (picture_flops(d) - picture_flops(t) - pairs) + text * 2 * d.hidden_size * 8)
+    assert mean_step_flops(discrete, 4) - mean_step_flops(diffusion, 4) == pytest.approx(more, rel=1e-6)

@@ -89,6 +89,11 @@ class DiscreteConfig:
         return self.image_height * self.image_width
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether the codes of one picture all see each other: never, each is predicted from those before it."""
+        return False
+
+    @property
     def options(self) -> Options:
         """How its blocks differ from Transfusion's."""
         from mlx_transfusion.models.layers import Options

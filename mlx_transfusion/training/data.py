@@ -148,6 +148,10 @@ class DataSet:
 
     def batch(self, documents: Sequence[Document]) -> Batch:
         """Pack documents and load their pictures."""
+        return Batch(self.pack(documents), *self.pictures(documents))
+
+    def pack(self, documents: Sequence[Document]) -> PackedBatch:
+        """The rows of some documents; nothing of their pictures is read."""
         packed: list[list[Segment]] = []
         first = 0
         for d in documents:
@@ -155,14 +159,13 @@ class DataSet:
                 [Image(first + s.index, s.patches) if isinstance(s, Image) else s for s in d.segments]
             )
             first += len(d.images)
-        rows = sequence.pack(
+        return sequence.pack(
             packed,
             self._length,
             pad_id=self._model.pad_token_id,
             row_multiple=ROW_MULTIPLE,
             text_multiple=TOKEN_MULTIPLE,
         )
-        return Batch(rows, *self.pictures(documents))
 
     def pictures(self, documents: Sequence[Document]) -> Pictures:
         """Load the pictures of some documents and draw their noise."""

@@ -28,12 +28,13 @@ from mlx_transfusion.model_io import Loaded as ModelFolder
 from mlx_transfusion.model_io import load, load_config
 from mlx_transfusion.model_path import AUTOENCODER
 from mlx_transfusion.models.discrete import Discrete
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.best import Best, write_best
-from mlx_transfusion.training.config import TrainConfig, discrete_config, model_config
+from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.discrete_data import CodeData
@@ -46,6 +47,7 @@ from mlx_transfusion.training.painter_step import PainterStep, painting_start
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
+from mlx_transfusion.training.shape import run_shape
 from mlx_transfusion.training.signals import Watch
 from mlx_transfusion.training.step import Step
 
@@ -387,14 +389,10 @@ def _base(config: TrainConfig) -> Base | None:
 
 def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion | Discrete:
     """Random weights from the seed, or those of the model `start`, which must be of the same shape."""
-    special = {
-        f"{name}_token_id": getattr(tokenizer.special, name)
-        for name in ("pad", "bos", "eos", "unk", "boi", "eoi")
-    }
-    if (discrete := discrete_config(config, tokenizer.vocab_size, special)) is not None:
-        return new_discrete(config, discrete, start)
     if config.model is not None:
-        shape = model_config(config, tokenizer.vocab_size, special)
+        shape = run_shape(config, tokenizer)
+        if isinstance(shape, DiscreteConfig):
+            return new_discrete(config, shape, start)
     else:
         assert config.start is not None  # checked by TrainConfig
         shape = load_config(config.start)
