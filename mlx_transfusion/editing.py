@@ -25,6 +25,7 @@ from mlx_transfusion.images import ImageLike, load_pixels
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import PictureFamily
+from mlx_transfusion.objective import TOKENS
 from mlx_transfusion.painting import walk
 from mlx_transfusion.records import image_record
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
@@ -57,6 +58,10 @@ def edit_images(
     """
     resolved = settings.for_model(loaded.extra, loaded.name)
     check_pictures(loaded)
+    if resolved.sampler == TOKENS:
+        raise UserError(
+            f"model {loaded.name} writes its pictures as tokens, and an edit needs a diffusion model"
+        )
     check_image_guidance(loaded, resolved, image_guidance)
     sources = [load_pixels(edit.source, *loaded.pictures.input_size) for edit in edits]
     instructions = [_instruction(loaded, edit.instruction) for edit in edits]

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import Loaded
-from mlx_transfusion.objective import CONSISTENCY, DIFFUSION
-from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
+from mlx_transfusion.objective import CONSISTENCY, DIFFUSION, TOKENS
+from mlx_transfusion.settings import DEFAULTS, TOKEN_SETTINGS, GenerationSettings, ResolvedSettings
 
 
 def image_record(
@@ -16,7 +16,8 @@ def image_record(
 ) -> dict[str, Any]:
     """What a PNG says about how it was made; `settings_from_record` reads it back.
 
-    A consistency model's objective and the angles are there in addition; without them it is diffusion.
+    A consistency model's objective and the angles are there in addition, and how tokens were drawn where a picture
+    consists of them.
     """
     from mlx_transfusion import __version__
 
@@ -41,6 +42,8 @@ def image_record(
         record["adapters"] = loaded.extra["adapters"]
     if settings.angles is not None:
         record |= {"angles": list(settings.angles), "objective": loaded.extra["objective"]}
+    if settings.sampler == TOKENS:
+        record |= {name: getattr(settings, name) for name in TOKEN_SETTINGS}
     return record
 
 
@@ -49,7 +52,8 @@ def record_objective(record: dict[str, Any]) -> dict[str, Any]:
     if "objective" in record or "sampler" not in record:
         table = record.get("objective", {})
         return table if isinstance(table, dict) else {}
-    return {"name": CONSISTENCY if record["sampler"] == CONSISTENCY else DIFFUSION}
+    sampler = record["sampler"]
+    return {"name": sampler if sampler in (CONSISTENCY, TOKENS) else DIFFUSION}
 
 
 def completion_record(
@@ -88,6 +92,9 @@ def settings_from_record(record: dict[str, Any], where: str) -> GenerationSettin
             guidance_interval=(float(record["guidance_interval"][0]), float(record["guidance_interval"][1])),
             negative_prompt=str(record["negative_prompt"]),
             batch_size=int(record["batch"]["size"]),
+            **{
+                name: type(getattr(DEFAULTS, name))(record[name]) for name in TOKEN_SETTINGS if name in record
+            },
         )
         str(record["prompt"]), int(record["seed"])
         if not 0 <= int(record["batch"]["row"]) < settings.batch_size:

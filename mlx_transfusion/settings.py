@@ -130,7 +130,9 @@ class GenerationSettings:
     def _check_tokens(self, objective: Objective, model: str) -> None:
         """What belongs to denoising has no place where a picture is written, and the other way round."""
         if not objective.tokens:
-            if self.sampler == TOKENS or any(getattr(self, n) != getattr(DEFAULTS, n) for n in _OF_TOKENS):
+            if self.sampler == TOKENS or any(
+                getattr(self, n) != getattr(DEFAULTS, n) for n in TOKEN_SETTINGS
+            ):
                 raise UserError(
                     f"model {model} denoises its pictures, and sampler '{TOKENS}', image_temperature, image_top_p "
                     f"and image_top_k are for one that writes them as tokens: leave them out"
@@ -245,6 +247,7 @@ class ResolvedSettings(GenerationSettings):
     guidance: float = DIFFUSION_GUIDANCE
 
 
-_OF_TOKENS = ("image_temperature", "image_top_p", "image_top_k")
+TOKEN_SETTINGS = ("image_temperature", "image_top_p", "image_top_k")
+"""Those of a picture that is written."""
 
 DEFAULTS = GenerationSettings()

@@ -53,19 +53,16 @@ def iter_images(
     return _painted(loaded, pairs, prefixes, negative_prefix(loaded, resolved), resolved, on_step)
 
 
-def unread_model(config: FamilyConfig, name: str) -> PictureFamily:
-    """A model before its weights are read, to be asked for sizes. Raises UserError if it knows no pictures."""
+def unread_model(config: FamilyConfig, name: str, path: Path) -> PictureFamily:
+    """A folder's model before its weights are read, to be asked for sizes.
+
+    Raises UserError if it knows no pictures, and for an autoencoder in the folder that is not its own.
+    """
     model = build(config)
     if not isinstance(model, PictureFamily):
         raise UserError(f"model {name} only writes text: name a model that paints")
-    return model
-
-
-def picture_size(config: FamilyConfig, name: str, path: Path) -> tuple[int, int]:
-    """(height, width) of a folder's pictures, before its weights are read. Raises UserError if it paints none."""
-    model = unread_model(config, name)
     attach_autoencoder(model, path / AUTOENCODER, weights=False)
-    return model.picture_size
+    return model
 
 
 def check_pictures(loaded: Loaded) -> None:

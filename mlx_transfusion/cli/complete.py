@@ -48,6 +48,9 @@ def complete(
     spacing: options.Spacing = None,
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
+    image_temp: options.ImageTemperature = None,
+    image_top_p: options.ImageTopP = None,
+    image_top_k: options.ImageTopK = None,
     output: options.Output = Path("image.png"),
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -77,6 +80,9 @@ def complete(
         guidance=guidance,
         guidance_interval=guidance_interval,
         negative_prompt=negative_prompt,
+        image_temperature=image_temp,
+        image_top_p=image_top_p,
+        image_top_k=image_top_k,
     ).check()
     from mlx_transfusion.events import Step
     from mlx_transfusion.images import check_folder

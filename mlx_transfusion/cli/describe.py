@@ -45,7 +45,7 @@ def describe(
     from mlx_transfusion.text_to_image import unread_model
 
     path = resolve(model)
-    reader = unread_model(read_config(path)[0], display_name(model, path))
+    reader = unread_model(read_config(path)[0], display_name(model, path), path)
     # A bad image is found before the weights are read.
     pixels = [load_pixels(image, *reader.input_size, reader.pads_input) for image in images]
     loaded = load(model)

@@ -42,6 +42,9 @@ def generate(
     spacing: options.Spacing = None,
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
+    image_temp: options.ImageTemperature = None,
+    image_top_p: options.ImageTopP = None,
+    image_top_k: options.ImageTopK = None,
     width: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
     batch_size: Annotated[
@@ -67,6 +70,7 @@ def generate(
     flags = {
         "sampler": sampler, "steps": steps, "angles": angles, "spacing": spacing, "guidance": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": negative_prompt,
+        "image_temperature": image_temp, "image_top_p": image_top_p, "image_top_k": image_top_k,
     }  # fmt: skip
     if repeat is not None:
         if seed or num_images is not None:
@@ -84,11 +88,11 @@ def generate(
     from mlx_transfusion.images import check_folder
     from mlx_transfusion.model_io import read_config
     from mlx_transfusion.model_path import display_name, resolve
-    from mlx_transfusion.text_to_image import picture_size
+    from mlx_transfusion.text_to_image import unread_model
 
     path = resolve(model)
     config, extra = read_config(path)
-    high, wide = picture_size(config, display_name(model, path), path)
+    high, wide = unread_model(config, display_name(model, path), path).picture_size
     for name, wanted, have in (("width", width, wide), ("height", height, high)):
         if wanted not in (None, have):
             raise UserError(

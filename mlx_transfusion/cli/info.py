@@ -61,7 +61,7 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
     autoencoder: folder of the one that turns its latents into pictures; it may be missing.
     """
     from mlx_transfusion.model_io import attach_autoencoder, build, flat_parameters
-    from mlx_transfusion.models.family import PictureFamily
+    from mlx_transfusion.models.family import CodeFamily, PictureFamily
 
     model = build(config)
     if autoencoder is not None:
@@ -75,7 +75,10 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
         "parameters": parts | {"total": total},
         "weights in memory": {name: _memory(total * size) for name, size in BYTES.items()},
     }
-    if isinstance(model, PictureFamily):
+    if isinstance(model, CodeFamily):
+        (height, width), codes = model.picture_size, model.latent_shape[0]
+        facts["picture"] = f"{width}x{height}, {codes} codes of {config.vocab_size - model.first_code}"
+    elif isinstance(model, PictureFamily):
         (height, width), (n, p), channels = model.picture_size, model.latent_shape, model.picture_channels
         side = math.isqrt(p // channels)
         patch = f"{side}x{side}" if n * side**2 == height * width else f"{p} numbers"

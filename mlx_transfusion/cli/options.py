@@ -72,6 +72,18 @@ Spacing = Annotated[
         show_default="the model's",
     ),
 ]
+ImageTemperature = Annotated[
+    float | None,
+    typer.Option(
+        "--image-temp", help="Of a picture's tokens, in a model that writes them.",
+        show_default=f"{DEFAULTS.image_temperature:g}",
+    ),
+]  # fmt: skip
+ImageTopP = Annotated[
+    float | None,
+    typer.Option(help="As --top-p, of a picture's tokens.", show_default=f"{DEFAULTS.image_top_p:g}"),
+]
+ImageTopK = Annotated[int | None, typer.Option(help="As --top-k, of a picture's tokens.", show_default="off")]
 NegativePrompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What the picture should not show; needs guidance.")
 ]
@@ -100,6 +112,9 @@ def image_settings(
     guidance: float | None,
     guidance_interval: tuple[float, float] | None,
     negative_prompt: str | None,
+    image_temperature: float | None = None,
+    image_top_p: float | None = None,
+    image_top_k: int | None = None,
 ) -> GenerationSettings:
     """`base` with the flags that were given, over what they make obsolete in it (a picture's own settings).
 
@@ -124,6 +139,9 @@ def image_settings(
         "guidance": guidance,
         "guidance_interval": guidance_interval,
         "negative_prompt": negative_prompt,
+        "image_temperature": image_temperature,
+        "image_top_p": image_top_p,
+        "image_top_k": image_top_k,
     }
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
 

@@ -101,6 +101,12 @@ class Discrete(CodeFamily):
         factor = 1 if self.coder is None else self.coder.model.factor
         return self.config.image_height * factor, self.config.image_width * factor
 
+    @property
+    def picture_channels(self) -> int:
+        """3. Raises UserError without a quantizer."""
+        self._quantizer()
+        return 3
+
     def attach(self, quantizer: Quantizer, path: Path) -> None:
         """Give it the quantizer in the folder `path`. Raises UserError for a codebook of another size."""
         theirs, ours = quantizer.codebook_size, self.config.codebook_size
