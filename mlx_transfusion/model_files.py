@@ -16,10 +16,10 @@ from mlx_transfusion.errors import UserError
 if TYPE_CHECKING:  # the PyTorch path reads and writes JSON with this module, and has no mlx
     import mlx.core as mx
 
-EXTRA_KEYS = ("training", "objective", "generation", "quantization", "quantization_config")
+EXTRA_KEYS = ("training", "objective", "generation", "coder", "quantization", "quantization_config")
 """Tables that config.json may hold besides the model's own fields: how it was trained, which loss it was
-distilled with, how it paints unless told otherwise, and {"group_size", "bits"} of quantised weights (the last is a
-copy for the hub)."""
+distilled with, how it paints unless told otherwise, {"fingerprint"} of the autoencoder whose latents or codes it
+learnt, and {"group_size", "bits"} of quantised weights (the last is a copy for the hub)."""
 
 SHOWN_FAULTS = 8
 """How many faults a message lists."""

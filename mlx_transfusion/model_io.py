@@ -144,7 +144,7 @@ def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None =
         model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())
-    attach_autoencoder(model, path / AUTOENCODER)
+    attach_autoencoder(model, path / AUTOENCODER, fingerprint=_coder_fingerprint(extra))
     tokenizer = Tokenizer.load(path, special=special_ids(config))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -286,6 +286,8 @@ def save_model(
     are). Every file is written under another name, synced and renamed, config.json last. Raises UserError
     when the folder cannot be written or the disk is full; files that were there before stay whole.
     """
+    from mlx_transfusion.autoencoder.folder import autoencoder_fingerprint
+
     path = Path(folder)
     if unknown := sorted(set(extra or {}) - set(EXTRA_KEYS)):
         raise UserError(
@@ -303,23 +305,32 @@ def save_model(
         _save_weights(path, weights, parameter_count(model))
         if isinstance(model, Transfusion | Discrete) and model.coder is not None:
             _link_autoencoder(model.coder.path, path / AUTOENCODER)
+            config["coder"] = {"fingerprint": autoencoder_fingerprint(model.coder.path)}
         write_json(path / CONFIG_FILE, config)
     except (OSError, RuntimeError) as error:  # mlx reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write the model: {error}") from error
     return path
 
 
-def attach_autoencoder(model: TextFamily, folder: Path, *, weights: bool = True) -> None:
+def attach_autoencoder(
+    model: TextFamily, folder: Path, *, weights: bool = True, fingerprint: str | None = None
+) -> None:
     """Give a model of latents or of codes the autoencoder in `folder`, if there is one; others stay as they are.
 
-    weights: whether they are read; without them sizes are right, and pictures are noise. Raises UserError for a
-    folder that is corrupt, or whose latents or codes are of another kind or number.
+    weights: whether they are read; without them sizes are right, and pictures are noise. fingerprint: of the one
+    that the model was trained with, where that is known. Raises UserError for a folder that is corrupt, whose latents
+    or codes are of another kind or number, or that is another autoencoder (by its weights or its scale).
     """
     if not isinstance(model, Transfusion | Discrete) or not folder.is_dir():
         return
     from mlx_transfusion.autoencoder.folder import load_autoencoder, unread_autoencoder
 
     found = load_autoencoder(folder) if weights else unread_autoencoder(folder)
+    if weights and fingerprint is not None and found.fingerprint != fingerprint:
+        raise UserError(
+            f"{folder}: has the fingerprint {found.fingerprint}, and the model was trained with autoencoder "
+            f"{fingerprint}: put that one there"
+        )
     if isinstance(model, Discrete):
         model.attach(found.codes, folder)
         return
@@ -329,7 +340,13 @@ def attach_autoencoder(model: TextFamily, folder: Path, *, weights: bool = True)
             f"{folder}: its latents have {coder.config.latent_channels} channels, and the model paints "
             f"{model.config.image_channels}: use the autoencoder that the model was trained with"
         )
-    model.coder = Coder(coder, folder)
+    model.coder = Coder(coder, folder, found.preview)
+
+
+def _coder_fingerprint(extra: Mapping[str, Any]) -> str | None:
+    """The fingerprint in the table `coder` of config.json; folders of before have none."""
+    table = extra.get("coder")
+    return table.get("fingerprint") if isinstance(table, dict) else None
 
 
 def _link_autoencoder(source: Path, target: Path) -> None:

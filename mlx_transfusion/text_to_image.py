@@ -168,6 +168,6 @@ def step_reporter(
 
     def report(step: int, steps: int, x: mx.array, x0: mx.array) -> None:
         mx.eval(x)  # so that progress is shown when the work is done
-        on_step(Step(batch, step + 1, steps, lambda: to_uint8(loaded.pictures.decode(x0))))
+        on_step(Step(batch, step + 1, steps, lambda: to_uint8(loaded.pictures.preview(x0))))
 
     return report

@@ -127,7 +127,12 @@ def test_training_learns_the_pictures(toml: Path) -> None:
     assert loaded.config.sample_size == 8
     assert loaded.preview is not None
     small = pixels.reshape(12, 4, 2, 4, 2, 3).mean((2, 4))
-    error = ((loaded.preview(latents) - small) ** 2).mean()
+    seen = loaded.preview(latents)
+    wanted = psnr(np.round(small).astype(np.uint8), seen).mean()
+    assert measure(loaded.model, [pixels], preview=loaded.preview)["preview_psnr"] == pytest.approx(
+        wanted, abs=0.01
+    )
+    error = ((seen - small) ** 2).mean()
     assert error < ((small - small.mean((0, 1, 2))) ** 2).mean()  # better than one colour for all
     lines = [json.loads(line) for line in (toml.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 41))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from PIL import Image
 
 from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
 from mlx_transfusion.autoencoder.latents import write_cache
+from mlx_transfusion.autoencoder.preview import Preview
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import load
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from mlx_transfusion.text_to_image import step_reporter
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import load_train_config
 from mlx_transfusion.training.image_store import ImageRef, open_images
@@ -125,6 +128,41 @@ def test_weights_of_the_autoencoder_are_stored_once(place: Path, trained: Path) 
     name = "model.safetensors"
     assert os.path.samefile(place / "vae" / name, trained / "autoencoder" / name)
     assert {file.name for file in (trained / "autoencoder").iterdir()} == {"config.json", name}
+
+
+def test_another_autoencoder_beside_the_model_is_refused(
+    cli: Any, place: Path, trained: Path, tmp_path: Path
+) -> None:
+    for name, source, change in (("weights", "other", {}), ("scale", "vae", {"scaling_factor": 0.123})):
+        swapped = tmp_path / name
+        shutil.copytree(trained, swapped)
+        shutil.rmtree(swapped / "autoencoder")
+        shutil.copytree(place / source, swapped / "autoencoder")
+        file = swapped / "autoencoder" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        said = cli("generate", "red heart", "--model", swapped, "--output", tmp_path / "red.png")
+        assert said.code == 2
+        assert "the model was trained with autoencoder" in said.err
+        assert len(said.err.strip().splitlines()) == 1
+
+
+def test_previews_are_the_linear_map(trained: Path) -> None:
+    loaded = load(trained)
+    model, steps = loaded.transfusion, []
+    assert model.coder is not None
+    rng = np.random.default_rng(0)
+    colours = Preview(rng.normal(size=(CHANNELS, 3)).astype(np.float32), np.zeros(3, np.float32))
+    model.coder = dataclasses.replace(model.coder, preview=colours)
+    latents = rng.normal(size=(1, 8, 8, CHANNELS)).astype(np.float32)
+    x0 = model.latent_patches(mx.array(latents))
+    report = step_reporter(loaded, [0], steps.append)
+    assert report is not None
+    report(0, 2, x0, x0)
+    seen = steps[0].preview()
+    factor = SIZE // 8
+    np.testing.assert_array_equal(seen, colours(latents).repeat(factor, 1).repeat(factor, 2))
+    model.coder = dataclasses.replace(model.coder, preview=None)
+    np.testing.assert_array_equal(model.preview(x0), model.decode(x0))
 
 
 def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(

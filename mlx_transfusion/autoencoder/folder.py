@@ -69,13 +69,19 @@ class LoadedAutoencoder:
     @cached_property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of its weights' bytes and the scale of its latents."""
-        scale = {name: getattr(self.config, name) for name in SCALE_FIELDS}
-        digest = hashlib.sha256(json.dumps(scale, sort_keys=True).encode())
-        for file in weight_files(self.path):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()[:16]
+        return autoencoder_fingerprint(self.path)
+
+
+def autoencoder_fingerprint(path: Path) -> str:
+    """`LoadedAutoencoder.fingerprint` of a folder whose weights are not read. Raises UserError as `read_config`."""
+    config = read_config(path)
+    scale = {name: getattr(config, name) for name in SCALE_FIELDS}
+    digest = hashlib.sha256(json.dumps(scale, sort_keys=True).encode())
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def load_autoencoder(folder: str | os.PathLike[str]) -> LoadedAutoencoder:

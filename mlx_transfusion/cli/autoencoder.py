@@ -174,7 +174,7 @@ def _measured(
                 yield load_pixels(refs[start : start + PART], side, side, 2)
                 progress.update(min(start + PART, len(refs)))
 
-        found = measure(loaded.model, parts(), features if frechet else None)
+        found = measure(loaded.model, parts(), features if frechet else None, loaded.preview)
     if frechet:
         message("frechet is of EfficientNet-Lite0's features: no FID")
     return found

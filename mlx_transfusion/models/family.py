@@ -194,6 +194,10 @@ class PictureFamily(TextFamily):
         """Patches [B, N, P] -> pixels [B, H, W, C] in [0, 1]."""
         raise NotImplementedError
 
+    def preview(self, patches: mx.array) -> mx.array:
+        """As `decode`, for a look while sampling: coarser where that is much cheaper."""
+        return self.decode(patches)
+
 
 class CodeFamily(PictureFamily):
     """A model that writes a picture as N codes, ids of its vocabulary like any other, one after the other.

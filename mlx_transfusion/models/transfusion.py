@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -59,6 +59,8 @@ class Coder:
 
     model: AutoencoderKL
     path: Path
+    preview: Callable[[np.ndarray], np.ndarray] | None = None
+    """Normalised latents [B, h, w, C] -> pixels uint8 [B, h, w, 3], without the decoder."""
 
 
 class Transfusion(PictureFamily):
@@ -260,12 +262,24 @@ class Transfusion(PictureFamily):
 
     def decode(self, patches: mx.array) -> mx.array:
         """Patches [B, N, P] -> pixels [B, H, W, C], clipped to [0, 1]."""
-        c = self.config
-        x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
-        x = x * c.image_std + mx.array(c.image_mean)
+        x = self._latents(patches)
         if self.coder is not None:
             x = self.coder.model.decode(self.coder.model.denormalize(x))
         return mx.clip((x + 1) / 2, 0, 1)
+
+    def preview(self, patches: mx.array) -> mx.array:
+        """As `decode`; of latents by the linear map of their autoencoder, one colour for each element."""
+        if self.coder is None or self.coder.preview is None:
+            return self.decode(patches)
+        small = mx.array(self.coder.preview(np.array(self._latents(patches)))).astype(mx.float32) / 255
+        factor = self.coder.model.factor
+        return mx.repeat(mx.repeat(small, factor, 1), factor, 2)
+
+    def _latents(self, patches: mx.array) -> mx.array:
+        """Patches [B, N, P] -> latents, or pixels in [-1, 1], [B, H, W, C]: the way back of `latent_patches`."""
+        c = self.config
+        x = unpatchify(patches, c.image_height, c.image_width, c.patch_size)
+        return x * c.image_std + mx.array(c.image_mean)
 
     @property
     def _painting(self) -> Part:

@@ -479,7 +479,7 @@ def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data
     if isinstance(model, Discrete):
         model.attach(found.codes, Path(folder))
     else:
-        model.coder = Coder(found.latents, Path(folder))
+        model.coder = Coder(found.latents, Path(folder), found.preview)
 
 
 def _check_latents(data: DataSet, checkpoint: Path) -> None:
