@@ -1,7 +1,7 @@
 """Make `data/` beside this file: the pictures of examples/emoji at their full 64x64 pixels.
 
     npm pack emoji-datasource-google@16.0.0
-    python examples/autoencoder/make_data.py emoji-datasource-google-16.0.0.tgz
+    python examples/autoencoder/full_size.py emoji-datasource-google-16.0.0.tgz
 
 The package has Noto Emoji by Google (Apache-2.0) with transparent backgrounds; they are put on white. Rows are those
 of examples/emoji/data, whose pictures are the same ones at 32x32.
