@@ -22,6 +22,7 @@ from mlx_transfusion.autoencoder.preview import Preview
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import load
 from mlx_transfusion.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
 from mlx_transfusion.text_to_image import step_reporter
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import load_train_config
@@ -58,6 +59,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -
     store = open_images(folder)
     refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
     write_cache(folder / "latents.safetensors", load_autoencoder(folder / "vae"), refs, SIZE)
+    vq = AutoencoderVQ(AutoencoderConfig.from_dict(coder(0).config.to_dict() | {"quantizer": {"codes": 16}}))
+    save_autoencoder(folder / "vq", vq)
+    write_cache(folder / "codes.safetensors", load_autoencoder(folder / "vq"), refs, SIZE)
     tiny_tokenizer.save(folder)
     (folder / "train.toml").write_text(
         """
@@ -146,6 +150,17 @@ def test_another_autoencoder_beside_the_model_is_refused(
         assert len(said.err.strip().splitlines()) == 1
 
 
+def test_a_codebook_beside_a_model_of_latents_is_refused(place: Path, trained: Path, tmp_path: Path) -> None:
+    swapped = tmp_path / "swapped"
+    shutil.copytree(trained, swapped)
+    file = swapped / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "coder"}))
+    shutil.rmtree(swapped / "autoencoder")
+    shutil.copytree(place / "vq", swapped / "autoencoder")
+    with pytest.raises(UserError, match=r"has a codebook of 16 codes, and a model of latents needs"):
+        load(swapped)
+
+
 def test_previews_are_the_linear_map(trained: Path) -> None:
     loaded = load(trained)
     model, steps = loaded.transfusion, []
@@ -192,14 +207,16 @@ def test_a_stopped_run_goes_on_exactly(place: Path, trained: Path, tmp_path: Pat
     ("change", "message"),
     [
         ("data.autoencoder=OTHER", "stale: made by autoencoder .*: encode the data set again"),
+        ("data.latents=['CODES']", "holds codes, expected latents: encode with the autoencoder of the model"),
         ("data.latents=[]", "image_channels is 4, and pictures have 3: encode them"),
         ("model.image_height=4", r"latents of shape \[8, 8, 4\].* expects \[4, 8, 4\]"),
         ("data.flip=0.5", "holds no mirrored pictures"),
     ],
 )
 def test_what_does_not_fit(place: Path, tmp_path: Path, change: str, message: str) -> None:
+    change = change.replace("OTHER", str(place / "other")).replace("CODES", str(place / "codes.safetensors"))
     with pytest.raises(UserError, match=message) as error:
-        train(config(place, tmp_path, change.replace("OTHER", str(place / "other"))))
+        train(config(place, tmp_path, change))
     assert "\n" not in str(error.value)
 
 
