@@ -2,8 +2,8 @@
 
     python benchmarks/autoencoder_tiles.py FOLDER ROWS.jsonl PICTURES.tar
 
-Prints, for sides of mosaics and tilings, the standard deviation of the difference between tiled and whole over that of
-the whole, its mean over some mosaics and the worst.
+Prints, for sides of mosaics and tilings, the standard deviation of the difference between tiled and whole over that
+of the whole: its mean over some mosaics, and the worst.
 """
 
 from __future__ import annotations
