@@ -11,13 +11,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-transfusion[torch]')")
 
+import torch.distributed.checkpoint as dcp  # noqa: E402
 from tiny_training import write_run  # noqa: E402
 
+from mlx_transfusion import model_io  # noqa: E402
+from mlx_transfusion.config import ModelConfig  # noqa: E402
 from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch import checkpoint as ckpt  # noqa: E402
 from mlx_transfusion.torch.export import export  # noqa: E402
-from mlx_transfusion.torch.folder import read_weights  # noqa: E402
+from mlx_transfusion.torch.folder import load, read_weights  # noqa: E402
 from mlx_transfusion.torch.machines import Machines  # noqa: E402
 from mlx_transfusion.torch.parallel import processes  # noqa: E402
 from mlx_transfusion.torch.trainer import train  # noqa: E402
@@ -66,6 +69,29 @@ def test_resumed_exactly(background: bool, toml: Path, world: Any, finished: Pat
         )
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert sorted(p.name for p in (output / "torch").iterdir()) == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("which", ["average", "weights"])
+def test_to_mlx_and_back_bit_for_bit(which: str, finished: Path, tmp_path: Path) -> None:
+    """A distributed checkpoint -> MLX loads it and saves it -> PyTorch reads that: weights or average, and config."""
+    checkpoint = finished / "torch/step-00000006"
+    ours = model_io.load(export(checkpoint, tmp_path / "exported", which))
+    back, extra = load(model_io.save_model(tmp_path / "mlx", ours.model, ours.tokenizer, ours.extra))
+    stored = {name: torch.empty_like(p) for name, p in back.named_parameters()}
+    dcp.load({which: stored}, checkpoint_id=checkpoint)
+    for name, p in back.named_parameters():
+        assert torch.equal(p, stored[name]), name
+    record = ckpt.read_record(checkpoint)["config"]
+    assert back.config == ours.config == ModelConfig.from_dict(record["model_config"], "record")
+    assert extra == record["extra"]
+
+
+def test_average_and_weights_differ(finished: Path, tmp_path: Path) -> None:
+    a, b = (
+        dict(read_weights(export(finished / "torch/step-00000006", tmp_path / which, which)))
+        for which in ("average", "weights")
+    )
+    assert any(not torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize("damage", ["bits", "cut", "missing", "state"])

@@ -29,6 +29,8 @@ class Machines:
     """Free a block's gathered weights behind its forward pass."""
     recompute_every: int = 1
     """With gradient_checkpointing: every n-th block is recomputed in the backward pass."""
+    recompute: str = "all"
+    """Of such a block: "all", or "cheap": all but products and attention, whose results are kept."""
     max_skipped: int = 10
     """Steps in a row that may be skipped because something is not finite or jumped."""
     workers: int = 0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
@@ -15,6 +15,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.torch.attention import Attend, Mask, attend
 from mlx_transfusion.torch.layers import Block, KeysValues, rope_angles
 from mlx_transfusion.torch.patches import AngleEmbedding, PatchDecoder, PatchEncoder
+from mlx_transfusion.torch.recompute import keep_products
 
 
 class TrainArrays(NamedTuple):
@@ -41,6 +42,8 @@ class Transfusion(nn.Module):
         self.config = config
         self.checkpointing = 0
         """Recompute every n-th block in the backward pass (1: all of them, 0: none)."""
+        self.keep_products = False
+        """Of a block that is recomputed, keep the results of products and attention (`recompute.py`)."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.angle_embedding = AngleEmbedding(config, config.guidance_condition)
         self.patch_encoder = PatchEncoder(config)
@@ -121,7 +124,10 @@ class Transfusion(nn.Module):
         rope, added = rope_angles(self.config, places), []
         for i, (layer, before) in enumerate(zip(self.layers, past, strict=True)):
             if self.checkpointing and i % self.checkpointing == 0 and torch.is_grad_enabled():
-                x, new = checkpoint(layer, x, mask, rope, before, attention, use_reentrant=False)
+                context = keep_products if self.keep_products else noop_context_fn
+                x, new = checkpoint(
+                    layer, x, mask, rope, before, attention, use_reentrant=False, context_fn=context
+                )
             else:
                 x, new = layer(x, mask, rope, before, attention)
             added.append(new)

@@ -13,8 +13,13 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.config import OptimizerConfig
 
 
-def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with its state in place from the start, fused on CUDA. Raises UserError for another optimiser."""
+def make_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], fused: bool | None = None
+) -> torch.optim.AdamW:
+    """AdamW with its state in place from the start. fused: one kernel for all; None: on CUDA.
+
+    Raises UserError for another optimiser.
+    """
     if config.name != "adamw":
         raise UserError(
             f'optimizer.name is "{config.name}": the PyTorch path has "adamw" alone; '
@@ -27,7 +32,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=parameters[0].device.type == "cuda",
+        fused=parameters[0].device.type == "cuda" if fused is None else fused,
     )
     for p in parameters:
         # There from the beginning, so that a checkpoint can be read into it before the first step.

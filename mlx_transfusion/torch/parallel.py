@@ -137,10 +137,10 @@ def shard(model: Transfusion, mesh: DeviceMesh, dtype: str, reshard: bool = True
         register_fsdp_forward_method(model, method)
 
 
-def compile_blocks(model: Transfusion) -> None:
+def compile_blocks(model: Transfusion, backend: str = "inductor") -> None:
     """torch.compile for each block on its own: one compilation serves all layers."""
     for layer in model.layers:
-        layer.compile()
+        layer.compile(backend=backend)
 
 
 def synchronise(model: Transfusion, last: bool) -> None:

@@ -50,6 +50,7 @@ def _train(given: argparse.Namespace) -> str:
         tensor=given.tensor,
         reshard=not given.keep_gathered,
         recompute_every=given.recompute_every,
+        recompute=given.recompute,
         max_skipped=given.max_skipped,
         workers=given.workers,
         spike=given.spike,
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--keep-gathered", action="store_true", help="keep a block's weights until its backward pass")
     flag("--recompute-every", type=int, default=1, metavar="N",
          help="with gradient_checkpointing, recompute every n-th block")  # fmt: skip
+    flag("--recompute", choices=("all", "cheap"), default="all",
+         help="of such a block: all of it, or all but products and attention")  # fmt: skip
     flag("--max-skipped", type=int, default=10, metavar="K",
          help="stop after K steps in a row that are not finite or jumped")  # fmt: skip
     flag("--spike", type=float, default=0.0, metavar="S",

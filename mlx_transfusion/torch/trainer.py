@@ -56,6 +56,7 @@ class Trainer:
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.model = new_model(config, self.tokenizer, mesh, world, machines.reshard)
         self.model.checkpointing = machines.recompute_every if config.gradient_checkpointing else 0
+        self.model.keep_products = machines.recompute == "cheap"
         if machines.compile:
             compile_blocks(self.model)
         self.train_data = self._data_set(config.data.train, "train")
