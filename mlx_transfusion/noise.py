@@ -6,7 +6,7 @@ seen, and any machine or language can repeat it. The definition, complete:
     bits     64-bit words of Philox4x64-10 (Salmon et al. 2011); numpy keeps these raw words stable
     key      word 0: the seed;
              word 1: the first 8 bytes, little-endian, of SHA-256 of the UTF-8 text "<kind>:<stream>",
-             where kind is the name of the function: normal, uniform, integers or permutation
+             where kind is the name of the function: normal, uniform, integers, permutation or place
     counter  word 0: 1, 2, 3, ... for successive blocks of 4 words;
              words 1 to 3: the index (missing words are 0)
     uniform  u = (word >> 11) / 2^53, float64, in [0, 1)
@@ -14,6 +14,9 @@ seen, and any machine or language can repeat it. The definition, complete:
              computed in float64 and rounded to float32
     integers floor(u * high): the bias of at most high / 2^53 is far below what anyone could measure
     permutation  the stable order that sorts n words
+    place    a Feistel network of six rounds on halves of h = ceil(bits of (n - 1) / 2) bits, at least 1, applied
+             again until the number is below n; a round is (left, right) -> (right, left ^ mix(right + word) mod 2^h),
+             with one word of the stream a round and mix the finaliser of SplitMix64 (Steele et al. 2014)
 
 Values fill an array in C order, so a larger array begins with the values of a smaller one. Different kinds,
 streams, seeds and indices never share bits: give every use a stream of its own, e.g. "train/angle",
@@ -33,6 +36,8 @@ Index = int | tuple[int, ...]
 Shape = int | tuple[int, ...]
 
 _WORD = 1 << 64
+_ROUNDS = 6
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 @lru_cache(maxsize=1024)
@@ -96,3 +101,31 @@ def integers(seed: int, index: Index, high: int, shape: Shape = (), stream: str 
 def permutation(seed: int, epoch: Index, n: int, stream: str = "default") -> np.ndarray:
     """A random order of 0..n-1, int64 `[n]`, for this epoch. Raises UserError for a bad seed or epoch."""
     return np.argsort(_words("permutation", stream, seed, epoch, n), kind="stable")
+
+
+def place(seed: int, epoch: Index, n: int, index: np.ndarray, stream: str = "default") -> np.ndarray:
+    """Where `index`, int64 [K] in 0..n-1, comes in a random order of n things, int64 [K]: a permutation in no memory.
+
+    Raises UserError for a bad seed or epoch, and for n outside 1..2^62.
+    """
+    if not 1 <= n <= 1 << 62:
+        raise UserError(f"cannot put {n} things into an order: expected 1 to 2^62")
+    half = max(1, -(-(n - 1).bit_length() // 2))
+    keys = _words("place", stream, seed, epoch, _ROUNDS)
+    mask = np.uint64((1 << half) - 1)
+    out = index.astype(np.uint64)
+    outside = np.ones(out.shape, bool)
+    while outside.any():  # the network permutes 4^half >= n numbers: go on until one of the n comes up
+        out[outside] = _feistel(out[outside], keys, half, mask)
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, keys: np.ndarray, half: int, mask: np.uint64) -> np.ndarray:
+    left, right = x >> np.uint64(half), x & mask
+    for key in keys:
+        word = right + key
+        for shift, factor in _MIX:
+            word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
+        left, right = right, left ^ ((word ^ (word >> np.uint64(31))) & mask)
+    return (left << np.uint64(half)) | right

@@ -117,14 +117,17 @@ def bucket(n: int, multiple: int) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
-def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Put documents into rows of `row_length`, longest first, each into the first row with room.
+def first_fit(lengths: Sequence[int], row_length: int, longest_first: bool = True) -> list[list[int]]:
+    """Put documents into rows of `row_length`, each into the first row with room, longest first or in their order.
 
     Returns the document numbers of each row. Deterministic. Raises UserError when one does not fit a row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    order = (
+        sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)) if longest_first else range(len(lengths))
+    )
+    for i in order:
         if lengths[i] > row_length:
             raise UserError(
                 f"a document of {lengths[i]} tokens does not fit a sequence of {row_length}; "
@@ -147,13 +150,30 @@ def pack(
     row_multiple: int = 1,
     text_multiple: int = 64,
 ) -> PackedBatch:
-    """Pack documents into rows of `row_length` by first fit.
+    """Pack documents into rows of `row_length` by first fit, and lay them out.
 
-    Images must be numbered 0..M-1 by their `index`, each used once, all with the same number of patches.
-    Rows are padded to a multiple of `row_multiple`, text-loss positions to one of `text_multiple`.
     Raises UserError when a document is longer than a row.
     """
     rows = first_fit([length(d) for d in documents], row_length)
+    return lay_out(
+        documents, rows, row_length, pad_id=pad_id, row_multiple=row_multiple, text_multiple=text_multiple
+    )
+
+
+def lay_out(
+    documents: Sequence[Sequence[Segment]],
+    rows: Sequence[Sequence[int]],
+    row_length: int,
+    *,
+    pad_id: int = 0,
+    row_multiple: int = 1,
+    text_multiple: int = 64,
+) -> PackedBatch:
+    """The arrays of documents whose rows are known: `rows` holds their numbers.
+
+    Images must be numbered 0..M-1 by their `index`, each used once, all with the same number of patches.
+    Rows are padded to a multiple of `row_multiple`, text-loss positions to one of `text_multiple`.
+    """
     shape = (bucket(len(rows), row_multiple), row_length)
     ids = np.full(shape, pad_id, np.int32)
     modality = np.full(shape, PAD, np.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -165,6 +166,11 @@ class Tokenizer:
         ids = self._backend.encode(text.encode("utf-8", "replace").decode("utf-8"))
         control = self._structural - {self.special.unk}
         return [i for i in ids if i not in control]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of its file."""
+        return hashlib.sha256(self._data).hexdigest()[:16]
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -12,14 +13,18 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-transfusion[torch]')")
 
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from shard_tools import build_both, write_inputs  # noqa: E402
 from tiny_training import write_run  # noqa: E402
 
 from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
 from mlx_transfusion.torch.loader import Loaded, Loader  # noqa: E402
 from mlx_transfusion.torch.start import model_shape  # noqa: E402
-from mlx_transfusion.training.config import load_train_config  # noqa: E402
+from mlx_transfusion.training.config import TrainConfig, load_train_config  # noqa: E402
 from mlx_transfusion.training.data import DataSet  # noqa: E402
+from mlx_transfusion.training.shard_set import ShardSet, open_data  # noqa: E402
 
 
 class Packs:
@@ -94,3 +99,68 @@ def test_a_reader_that_is_killed(toml: Path, monkeypatch: pytest.MonkeyPatch) ->
         UserError, match=r"a process that reads data is gone .*go on from the last checkpoint"
     ):
         list(loader.steps(0, workers=1))
+
+
+class Names(Packs):
+    """Packs nothing: the share of a process is the list of its sequences."""
+
+    def load(self, data: Any, documents: Any) -> Any:
+        return Share(documents)
+
+
+class Share(list[Any]):
+    tokens = 0
+
+
+@pytest.fixture(scope="module")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer
+) -> tuple[TrainConfig, ShardSet]:
+    path = write_inputs(tmp_path_factory.mktemp("shares"), tiny_tokenizer)
+    build_both(path)
+    config = load_train_config(path, ["steps=30", "batch_size=12"])
+    data = open_data(
+        config.data.train, config.data, config.diffusion, model_shape(config, tiny_tokenizer), tiny_tokenizer,
+        seed=3, sequence_length=config.sequence_length,
+    )  # fmt: skip
+    assert isinstance(data, ShardSet)
+    return config, data
+
+
+LIVES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=5)
+"""Of each time a run was started: processes, parts of a step, and steps until it was killed."""
+
+
+@given(lives=LIVES, save_every=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_no_sequence_is_repeated_or_left_out(
+    shards: tuple[TrainConfig, ShardSet], lives: list[tuple[int, int, int]], save_every: int
+) -> None:
+    """Whatever processes train, and wherever they are killed: what counts for the weights is one straight run."""
+    config, data = shards
+    trained: dict[int, list[Any]] = {}  # by step, what the weights have seen of it
+    start = 0
+    for processes, accumulate, steps in lives:
+        changed = dataclasses.replace(config, accumulate=accumulate)
+        step: Any = Names()
+        loaders = [Loader(data, step, changed, rank, processes).steps(start) for rank in range(processes)]
+        end = min(start + steps, config.steps)
+        for n in range(start, end):
+            shares = [next(loader) for loader in loaders]
+            trained[n] = [d for share in shares for part in share.parts for d in part]
+            assert len({(s.text_total, s.image_total) for s in shares}) == 1
+        start = end // save_every * save_every  # where its last checkpoint stands
+        trained = {n: seen for n, seen in trained.items() if n < start}
+    assert list(trained) == list(range(start))
+    for n, seen in trained.items():
+        assert sorted(d.number for d in seen) == list(
+            range(n * config.batch_size, (n + 1) * config.batch_size)
+        )
+        assert {d.number: d for d in seen} == {
+            d.number: d for d in data.documents(n, config.batch_size, n / 29)
+        }
+    for s, folder in enumerate(data.folders):
+        seen = [d for n in trained for d in sorted(trained[n], key=lambda d: d.number) if d.source == s]
+        for first in range(0, len(seen) - len(folder) + 1, len(folder)):
+            epoch = seen[first : first + len(folder)]
+            assert sorted(d.place for d in epoch) == list(range(len(folder)))

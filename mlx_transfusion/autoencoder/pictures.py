@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +11,10 @@ from mlx_transfusion import noise
 from mlx_transfusion.autoencoder.config import PictureData
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.config import SourceConfig
-from mlx_transfusion.training.data import shares
+from mlx_transfusion.training.data import rows_of, shares
 from mlx_transfusion.training.image_store import ImageRef
 from mlx_transfusion.training.pixels import BYTES_PER_GIB, PixelCache
-from mlx_transfusion.training.rows import Source, load_rows
+from mlx_transfusion.training.rows import load_rows
 
 
 class Pictures:
@@ -31,7 +30,7 @@ class Pictures:
         self.bad_rows: list[str] = []
         for s in sources:
             loaded = load_rows(
-                Source(Path(s.rows), Path(s.images) if s.images else None, s.weight),
+                rows_of(s),
                 skip_bad_rows=data.skip_bad_rows,
                 check_images=data.check_images,
             )

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_transfusion.cli import autoencoder, lora, tokenizer
+from mlx_transfusion.cli import autoencoder, lora, shards, tokenizer
 from mlx_transfusion.cli.bench import bench
 from mlx_transfusion.cli.complete import complete
 from mlx_transfusion.cli.convert import convert
@@ -55,6 +55,7 @@ for verb in (
 app.add_typer(autoencoder.app, name="autoencoder")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(lora.app, name="lora")
+app.add_typer(shards.app, name="shards")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -21,7 +21,7 @@ class Example(NamedTuple):
 
     arrays: TrainArrays
     target: Tensor  # float32 [M, N, P]
-    image_weight: Tensor  # float32 [M], 0 for a picture that only fills up
+    image_weight: Tensor  # float32 [M], 0 for a clean picture and for one that only fills up
     text_target: Tensor  # int64 [K]
     text_weight: Tensor  # float32 [K]
 
@@ -46,7 +46,8 @@ def to_example(batch: Batch, config: ModelConfig, device: torch.device, flex: bo
     sees and no loss counts: every process of a sharded model has to give every weight a gradient.
     """
     packed, pixels, noise, angle = batch.packed, batch.pixels, batch.noise, batch.angle
-    patch_index, weight = packed.patch_index, np.ones(len(angle), np.float32)
+    # A clean picture, angle 0, is context or fills up the batch: it is not learned.
+    patch_index, weight = packed.patch_index, (angle > 0).astype(np.float32)
     if not len(angle):
         pixels, noise = (np.zeros((1, *a.shape[1:]), a.dtype) for a in (pixels, noise))
         angle, weight = np.zeros(1, np.float32), np.zeros(1, np.float32)

@@ -7,7 +7,7 @@ is the number of the step: it goes on from any step, on any number of processes,
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.torch.step import Step
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet
+from mlx_transfusion.training.shard_set import ShardSet
 
 AHEAD = 2
 """Steps that each process of a loader keeps ready."""
@@ -38,13 +39,15 @@ class Loaded:
 class Loader(Dataset):
     """The shares of process `rank` of `size`, by step; whoever reads them needs no device."""
 
-    def __init__(self, data: DataSet, step: Step, config: TrainConfig, rank: int, size: int) -> None:
+    def __init__(
+        self, data: DataSet | ShardSet, step: Step, config: TrainConfig, rank: int, size: int
+    ) -> None:
         self.data, self.step, self.config, self.rank, self.size = data, step, config, rank, size
 
     def load(self, step: int) -> Loaded:
         """Read this process's documents of a step (numpy only). Raises UserError for what cannot be read."""
         c = self.config
-        documents = self.data.documents(step, c.batch_size, step / max(1, c.steps - 1))
+        documents: Sequence[Any] = self.data.documents(step, c.batch_size, step / max(1, c.steps - 1))
         totals = [self.step.count(self.data, d) for d in documents]
         parts = [
             self.step.load(self.data, documents[self.rank + part * self.size :: self.size * c.accumulate])

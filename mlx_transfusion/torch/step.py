@@ -14,7 +14,6 @@ from mlx_transfusion.torch.batch import to_example
 from mlx_transfusion.torch.model import Transfusion
 from mlx_transfusion.torch.parallel import World
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.data import DataSet, Document
 
 
 class Step:
@@ -23,11 +22,11 @@ class Step:
     def __init__(self, model: Transfusion, config: TrainConfig, world: World, flex: bool) -> None:
         self.model, self.config, self.world, self.flex = model, config, world, flex
 
-    def load(self, data: DataSet, documents: Sequence[Document]) -> Any:
-        """Arrays of one part of a step (numpy only: it runs in a thread)."""
+    def load(self, data: Any, documents: Sequence[Any]) -> Any:
+        """Arrays of one part of a step from a DataSet or a ShardSet (numpy only: it runs in a thread)."""
         return data.batch(documents)
 
-    def count(self, data: DataSet, document: Document) -> tuple[int, int]:
+    def count(self, data: Any, document: Any) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document: its part of the step's totals."""
         return data.count(document)
 

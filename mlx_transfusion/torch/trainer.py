@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
@@ -31,12 +32,12 @@ from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, syn
 from mlx_transfusion.torch.start import new_model, run_config
 from mlx_transfusion.torch.step import Step
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.progress import Progress as Bar
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
+from mlx_transfusion.training.shard_set import open_data
 
 
 class Trainer:
@@ -71,9 +72,9 @@ class Trainer:
         self.guard = Guard(world, machines.max_skipped, machines.spike)
         self.peak_flops = peak_of(world, machines.peak_flops)
 
-    def _data_set(self, sources: Any, stream: str) -> DataSet:
+    def _data_set(self, sources: Any, stream: str) -> Any:
         c = self.config
-        return DataSet(
+        return open_data(
             sources, c.data, c.diffusion, self.model.config, self.tokenizer,
             seed=c.seed, sequence_length=c.sequence_length, stream=stream,
         )  # fmt: skip
@@ -215,7 +216,7 @@ class Trainer:
         with self._averaged():
             for i in range(c.valid_batches):
                 batch = data.batch(data.documents(i, c.batch_size)[self.world.share :: self.world.shares])
-                counts = sums.new_tensor([batch.text_targets, len(batch.angle)])
+                counts = sums.new_tensor([batch.text_targets, (batch.angle > 0).sum()])
                 sums += torch.cat([self.step.evaluate(batch).double(), counts])
         dist.all_reduce(sums)
         text, image, tokens, pictures = sums.tolist()
@@ -232,6 +233,9 @@ class Trainer:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass alone leaves gathered weights behind, which would be used again
         for name, p in self.model.named_parameters():
             ours, theirs = local(p), local(self.average.values[name])
             kept = ours.clone()

@@ -19,13 +19,17 @@ from mlx_transfusion.objective import check_guidance_range
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One jsonl file of rows and its share of every batch."""
+    """A file of rows or a folder of shards, and its share of every batch."""
 
-    rows: str
+    rows: str | None = None
     images: str | None = None
-    """Folder or tar of the images; None means the folder of the jsonl file."""
+    """Folder or tar of the images; None means the folder of the file of rows."""
     weight: float = 1.0
-    """Share of the documents of each batch, relative to the other sources."""
+    """Share of the documents of each batch (of shards: of the sequences), relative to the other sources."""
+    shards: str | None = None
+    """Instead of rows, a folder that `shards build` made."""
+    pictures: bool | None = None
+    """Whether the shards hold pictures: so that `plan` knows it before they are built."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class TrainConfig:
     """A model folder to start from instead of random weights."""
     steps: int = 1000
     batch_size: int = 64
-    """Documents per optimiser step, over all processes and accumulated parts."""
+    """Documents per optimiser step, over all processes and accumulated parts; with shards, packed sequences."""
     accumulate: int = 1
     """Parts a batch is cut into, one after the other, to save memory."""
     sequence_length: int = 256
@@ -242,6 +246,7 @@ class TrainConfig:
         self._check_start()
         if not self.data.train:
             raise UserError("training config: data.train is empty, expected at least one source of rows")
+        self._check_sources()
         if self.accumulate > self.batch_size:
             raise UserError(
                 f"training config: accumulate is {self.accumulate}, expected at most batch_size {self.batch_size}"
@@ -264,6 +269,19 @@ class TrainConfig:
             raise UserError(
                 "training config: [adapter] needs init, the model that it is added to, and no [consistency]"
             )
+
+    def _check_sources(self) -> None:
+        sources = (*self.data.train, *self.data.valid)
+        if any((s.rows is None) == (s.shards is None) for s in sources):
+            raise UserError("training config: a source of data has rows or shards: give one of both")
+        packed = {s.shards is not None for s in sources}
+        if len(packed) > 1:
+            raise UserError(
+                "training config: some sources are rows and others shards, which batch_size counts differently: "
+                "build shards of all"
+            )
+        if packed == {True} and self.consistency is not None:
+            raise UserError("training config: [consistency] splits documents at their pictures: give it rows")
 
     def _absent(self, name: str) -> bool:
         """Whether a key is of a table that this config has not got."""
@@ -412,5 +430,5 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
     for split in ("train", "valid"):
         rows = tables.get(split, []) if isinstance(tables, dict) else []
         for source in rows if isinstance(rows, list) else []:
-            fix(source, "rows")
-            fix(source, "images")
+            for key in ("rows", "images", "shards"):
+                fix(source, key)

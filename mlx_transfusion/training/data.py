@@ -98,7 +98,7 @@ class DataSet:
         self.bad_rows: list[str] = []
         for s in sources:
             loaded = load_rows(
-                Source(Path(s.rows), Path(s.images) if s.images else None, s.weight),
+                rows_of(s),
                 skip_bad_rows=data.skip_bad_rows,
                 check_images=data.check_images,
             )
@@ -126,6 +126,11 @@ class DataSet:
     def latents_of(self) -> str | None:
         """Fingerprint of the autoencoder that made the latents or codes; None of pixels."""
         return self._pixels.fingerprint if isinstance(self._pixels, LatentFiles) else None
+
+    @property
+    def name_of_latents(self) -> str:
+        """Where the latents lie, for messages."""
+        return self._data.latents[0]
 
     def documents(self, step: int, size: int, progress: float = 0.0) -> list[Document]:
         """The `size` documents of a step. `progress` in [0, 1] moves the share of high noise."""
@@ -246,6 +251,13 @@ class DataSet:
         if ids is None:
             ids = self._ids[text] = tuple(self._tokenizer.encode(text))
         return ids
+
+
+def rows_of(source: SourceConfig) -> Source:
+    """The file of rows that a source names. Raises UserError when it names shards."""
+    if source.rows is None:
+        raise UserError(f"{source.shards}: shards are read in training of whole models alone: give rows here")
+    return Source(Path(source.rows), Path(source.images) if source.images else None, source.weight)
 
 
 def shares(weights: Sequence[float], size: int) -> list[int]:

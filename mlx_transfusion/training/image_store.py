@@ -60,6 +60,11 @@ class ImageTar:
         except OSError as error:
             raise UserError(f"{path}: cannot read the tar file: {error.strerror}") from error
 
+    @property
+    def names(self) -> list[str]:
+        """The members in their order."""
+        return list(self._members)
+
     def __contains__(self, name: str) -> bool:
         return name.removeprefix("./") in self._members
 

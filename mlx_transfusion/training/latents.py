@@ -20,6 +20,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.image_store import ImageRef
 
 FORMAT, LATENTS, CODES = "mlx-transfusion-latents", "latents", "codes"
+WHAT = ("latents", "make one with autoencoder encode")
 DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
     "float16": ("F16", np.dtype("<f2")),
@@ -38,7 +39,7 @@ class LatentCache:
         What is said of latents below holds for codes, int32 [h, w] in the place of float32 [h, w, C].
         """
         self.path = Path(file)
-        header, offset = _read_header(self.path)
+        header, offset = read_header(self.path, *WHAT)
         try:
             metadata = header["__metadata__"]
             if metadata["format"] != FORMAT:
@@ -121,7 +122,8 @@ class LatentFiles:
         return out
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+def read_header(file: Path, what: str, remedy: str) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file, and where its numbers begin. Raises UserError that names `what` and `remedy`."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -129,9 +131,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(length)
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise UserError(f"{file}: cannot read the latents: {error.strerror}") from error
+        raise UserError(f"{file}: cannot read the {what}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no file of latents: make one with autoencoder encode") from error
+        raise UserError(f"{file}: no file of {what}: {remedy}") from error
     if not isinstance(header, dict):
-        raise UserError(f"{file}: no file of latents: make one with autoencoder encode")
+        raise UserError(f"{file}: no file of {what}: {remedy}")
     return header, 8 + length

@@ -99,7 +99,7 @@ def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) 
         ids.reshape(-1)[np.minimum(index + 1, ids.size - 1)],
         (np.arange(size) < len(at)).astype(np.float32),
         patches,
-        _rest(data, rest) if rest else None,
+        filled(data.batch(rest)) if rest else None,
     )
 
 
@@ -117,9 +117,8 @@ def guidance_scales(
     return out
 
 
-def _rest(data: DataSet, documents: Sequence[Document]) -> Batch:
-    """The packed documents; unused pictures fill up their number, which would otherwise differ from step to step."""
-    batch = data.batch(documents)
+def filled(batch: Batch) -> Batch:
+    """A batch with unused pictures that fill up their number, which would otherwise differ from step to step."""
     count = len(batch.angle)
     if not count:
         return batch

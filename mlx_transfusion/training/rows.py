@@ -1,16 +1,19 @@
-"""Training rows: jsonl lines -> segments of text and references to images in a folder or a tar."""
+"""Training rows: lines of a file or samples of a tar -> segments of text and references to images."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.training.image_store import ImageRef, ImageStore, image_problem, open_images
+from mlx_transfusion.training.image_store import ImageRef, ImageStore, ImageTar, image_problem, open_images
+from mlx_transfusion.training.webdataset import samples
 
 __all__ = ["ImageRef", "LoadedRows", "Row", "Source", "load_rows", "read_texts"]
 
@@ -30,7 +33,7 @@ class Row:
 
     kind: "pair" ({"image", "text"}: the caller chooses which comes first; here the text does), "text",
     "segments" (the order is the row's own), or "edit" (source picture, instruction, target picture). origin: (file,
-    line number from 1). meta: all other keys.
+    number from 1 of the line, or of the sample in a tar). meta: all other keys.
     """
 
     segments: list[str | ImageRef]
@@ -41,10 +44,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """A jsonl file of rows, and where its images lie.
+    """A file of rows, and where its images lie.
 
-    images: a folder or an uncompressed tar; None means the folder of the jsonl file. weight: how often rows
-    of this source are drawn, relative to other sources.
+    rows: .jsonl (a row each line), .txt (a text each line), either of them also with .gz behind, or .tar with
+    pictures and captions side by side (`webdataset.samples`). images: a folder or an uncompressed tar; None means the
+    folder of the file of rows, and of a .tar the tar itself. weight: how often rows of this source are drawn,
+    relative to other sources.
     """
 
     rows: Path
@@ -72,17 +77,17 @@ def load_rows(source: Source, *, skip_bad_rows: bool = False, check_images: bool
     with `skip_bad_rows` keeps its message in `bad_rows`; always for a missing file or one without good rows.
     """
     if not source.rows.is_file():
-        raise UserError(f"{source.rows}: no such file of rows (jsonl)")
+        raise UserError(f"{source.rows}: no such file of rows (jsonl, txt or tar)")
     if not source.weight > 0:
         raise UserError(f"{source.rows}: weight must be positive, got {source.weight}")
-    store = open_images(source.images if source.images is not None else source.rows.parent)
+    store = _store(source)
     checker = _ImageChecker(store, check_images)
     rows: list[Row] = []
     bad_rows: list[str] = []
-    for number, line in _lines(source.rows):
+    for number, record in _records(source, store):
         origin = f"{source.rows}:{number}"
         try:
-            rows.append(_parse(line, checker, (str(source.rows), number)))
+            rows.append(_parse(record, checker, (str(source.rows), number)))
         except _BadRowError as error:
             if not skip_bad_rows:
                 raise UserError(f"{origin}: {error}") from error.__cause__
@@ -92,17 +97,35 @@ def load_rows(source: Source, *, skip_bad_rows: bool = False, check_images: bool
     return LoadedRows(rows, bad_rows)
 
 
+def _store(source: Source) -> ImageStore:
+    if source.images is None and source.rows.suffix == ".tar":
+        return ImageTar(source.rows)
+    return open_images(source.images if source.images is not None else source.rows.parent)
+
+
+def _records(source: Source, store: ImageStore) -> Iterator[tuple[int, Any]]:
+    """Numbered rows, not yet read: lines of JSON, or {"text"} and {"image", "text"} objects."""
+    path = source.rows
+    if path.suffix == ".tar":
+        yield from samples(store if isinstance(store, ImageTar) else ImageTar(path))
+    elif Path(path.name.removesuffix(".gz")).suffix == ".txt":
+        for number, line in _lines(path):
+            yield number, {"text": line.decode("utf-8", "replace").strip()}
+    else:
+        yield from _lines(path)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Non-blank lines with their number. Bytes: one line that is no UTF-8 must not hide the others."""
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _parse(line: bytes, checker: _ImageChecker, origin: tuple[str, int]) -> Row:
-    row = _json(line)
+def _parse(record: bytes | dict[str, Any], checker: _ImageChecker, origin: tuple[str, int]) -> Row:
+    row = _json(record) if isinstance(record, bytes) else record
     keys = ({"image", "text", "segments"} | _EDIT) & row.keys() if isinstance(row, dict) else set()
     where = f"{origin[0]}:{origin[1]}"
     segments: list[str | ImageRef]

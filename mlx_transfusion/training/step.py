@@ -19,7 +19,7 @@ from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import read_model
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.data import Batch, DataSet, Document
+from mlx_transfusion.training.data import Batch
 from mlx_transfusion.training.optimizer import ema_update
 from mlx_transfusion.training.signals import Signals
 
@@ -93,11 +93,11 @@ class Step:
         """What `save` wrote, as a tree like that of `model_weights`."""
         return read_model(folder)
 
-    def load(self, data: DataSet, documents: Sequence[Document]) -> Any:
-        """Arrays of one part of a step (numpy only: it runs in a thread)."""
+    def load(self, data: Any, documents: Sequence[Any]) -> Any:
+        """Arrays of one part of a step from a DataSet or a ShardSet (numpy only: it runs in a thread)."""
         return data.batch(documents)
 
-    def count(self, data: DataSet, document: Document) -> tuple[int, int]:
+    def count(self, data: Any, document: Any) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document: its part of the step's totals."""
         return data.count(document)
 
@@ -122,7 +122,7 @@ class Step:
         """Clip, step the optimiser, move the EMA. Returns (weights, ema, norm of the unclipped gradient)."""
         return self._update(gradients, weights, ema, mx.array(decay))
 
-    def validate(self, data: DataSet, batches: int, size: int) -> dict[str, float]:
+    def validate(self, data: Any, batches: int, size: int) -> dict[str, float]:
         """Mean losses of the model as it is on the first `batches` batches of `size` documents, per modality."""
         total = np.zeros(4)
         for i in range(batches):

@@ -48,6 +48,7 @@ from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
 from mlx_transfusion.training.shape import run_shape
+from mlx_transfusion.training.shard_set import ShardSet, open_data
 from mlx_transfusion.training.signals import Watch
 from mlx_transfusion.training.step import Step
 
@@ -100,13 +101,13 @@ class Trainer:
             "seed": config.seed,
             "sequence_length": config.sequence_length,
         }
-        rows: Any = CodeData if isinstance(self.model, Discrete) else DataSet
+        rows: Any = CodeData if isinstance(self.model, Discrete) else open_data
         if self.painting is not None:
             rows, shared["config"] = PainterData, self.model.config
         else:
             shared["model"] = self.model.config
-        self.train_data: DataSet = rows(config.data.train, **shared)
-        self.valid_data: DataSet | None = (
+        self.train_data: DataSet | ShardSet = rows(config.data.train, **shared)
+        self.valid_data: DataSet | ShardSet | None = (
             rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
         if self.painting is None:
@@ -461,7 +462,9 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
     return teacher
 
 
-def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data: DataSet) -> None:
+def _attach_autoencoder(
+    model: Transfusion | Discrete, config: TrainConfig, data: DataSet | ShardSet
+) -> None:
     """Give a model of latents or codes the autoencoder that made them. Raises UserError for another and for none."""
     folder = config.data.autoencoder
     if data.latents_of is None or folder is None:
@@ -473,7 +476,7 @@ def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data
     found = load_autoencoder(folder)
     if found.fingerprint != data.latents_of:
         raise UserError(
-            f"{config.data.latents[0]}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
+            f"{data.name_of_latents}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
             f"fingerprint {found.fingerprint}: encode the data set again"
         )
     if isinstance(model, Discrete):
@@ -482,7 +485,7 @@ def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data
         model.coder = Coder(found.latents, Path(folder), found.preview)
 
 
-def _check_latents(data: DataSet, checkpoint: Path) -> None:
+def _check_latents(data: DataSet | ShardSet, checkpoint: Path) -> None:
     """Raises UserError when a run that is resumed was trained on the latents of another autoencoder."""
     folder = checkpoint / AUTOENCODER
     if data.latents_of is None or not folder.is_dir():
