@@ -286,7 +286,7 @@ def test_what_does_not_belong_together_is_refused(toml: Path, tmp_path: Path) ->
             toml.read_text() + '[[data.train]]\nrows = "texts.jsonl"\n',
             "some sources are rows and others shards",
         ),
-        (toml.read_text() + "[[data.train]]\nweight = 2\n", "rows or shards: give one of both"),
+        (toml.read_text() + "[[data.train]]\nweight = 2\n", r"data.train\[2\]: give it rows or shards"),
         (toml.read_text() + "[consistency]\n", "give it rows"),
     ):
         other = tmp_path / "other.toml"

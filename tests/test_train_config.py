@@ -94,7 +94,7 @@ FAULTS: list[tuple[str, str]] = [
     ("data.flip=nan", "data.flip is nan"),
     ("data.threads=0", "data.threads is 0"),
     ("data.train=[]", "data.train is empty"),
-    ("data.train=[{images='x'}]", r'data: train\[0\]: key "rows" is missing'),
+    ("data.train=[{images='x'}]", r"data\.train\[0\]: give it rows or shards"),
     ("data=3", "data: expected a table of keys"),
     ("model=3", "model: expected a table of keys"),
     ("sample.every=5", "sample.every needs sample.prompts"),

@@ -271,10 +271,14 @@ class TrainConfig:
             )
 
     def _check_sources(self) -> None:
-        sources = (*self.data.train, *self.data.valid)
-        if any((s.rows is None) == (s.shards is None) for s in sources):
-            raise UserError("training config: a source of data has rows or shards: give one of both")
-        packed = {s.shards is not None for s in sources}
+        packed: set[bool] = set()
+        for split in ("train", "valid"):
+            for i, s in enumerate(getattr(self.data, split)):
+                if (s.rows is None) == (s.shards is None):
+                    raise UserError(
+                        f"training config: data.{split}[{i}]: give it rows or shards, one of both"
+                    )
+                packed.add(s.shards is not None)
         if len(packed) > 1:
             raise UserError(
                 "training config: some sources are rows and others shards, which batch_size counts differently: "
