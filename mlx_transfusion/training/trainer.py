@@ -462,9 +462,7 @@ def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
     return teacher
 
 
-def _attach_autoencoder(
-    model: Transfusion | Discrete, config: TrainConfig, data: DataSet | ShardSet
-) -> None:
+def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data: DataSet | ShardSet) -> None:
     """Give a model of latents or codes the autoencoder that made them. Raises UserError for another and for none."""
     folder = config.data.autoencoder
     if data.latents_of is None or folder is None:
