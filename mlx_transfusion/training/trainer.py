@@ -106,8 +106,8 @@ class Trainer:
             rows, shared["config"] = PainterData, self.model.config
         else:
             shared["model"] = self.model.config
-        self.train_data: DataSet | ShardSet = rows(config.data.train, **shared)
-        self.valid_data: DataSet | ShardSet | None = (
+        self.train_data: Any = rows(config.data.train, **shared)
+        self.valid_data: Any = (
             rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
         if self.painting is None:
