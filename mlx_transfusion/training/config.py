@@ -108,7 +108,7 @@ class ConsistencyConfig:
     """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once. Not for "ect"."""
     hops_above: float = 0.9
     """Angle in radians from which "scm_hops" hops."""
-    hop: float = 0.35
+    hop: float = 0.25
     """Length of a hop in radians. "scm_hops" alone."""
     gap_stages: int = 8
     """Equal parts of the run at whose ends the gap between both points shrinks. "ect" alone, as the next."""
@@ -123,6 +123,11 @@ class ConsistencyConfig:
     """Pictures whose one- and two-step versions are compared with the teacher's at every validation."""
 
     def __post_init__(self) -> None:
+        if self.method == "scm_hops" and self.teacher is None:
+            raise UserError(
+                'training config: consistency.method "scm_hops" hops along a teacher\'s trajectory: name a teacher, '
+                'or use "scm" or "ect"'
+            )
         if self.guidance_range is not None:
             where = "training config: consistency."
             check_guidance_range(*self.guidance_range, self.guidance, where)

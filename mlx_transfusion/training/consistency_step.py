@@ -198,15 +198,15 @@ class ConsistencyStep(Step):
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
         constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
-        cos_velocity = mx.stop_gradient(self._cos_velocity(p, constant if self._read_alike else None))
+        at = self._states(p, constant if self._read_alike else None)
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
             if constant is not None:
-                image, seen = self._image_loss(w, p, constant, cos_velocity, pace)
+                image, seen = self._image_loss(w, p, constant, at, pace)
                 return image * scale[1], (mx.stack([mx.zeros_like(image), image]), seen)
             hidden, prefix = self._model.read_prefix(p.ids)
-            image, seen = self._image_loss(w, p, prefix, cos_velocity, pace)
+            image, seen = self._image_loss(w, p, prefix, at, pace)
             text = self._text_loss(hidden, TextArrays(*texts))
             if rest is not None and rest_text is not None:
                 self._model.update(cast(self.model_weights(w), self._dtype))
@@ -222,24 +222,33 @@ class ConsistencyStep(Step):
         return gradients, sums, seen
 
     def _image_loss(
-        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], cos_velocity: mx.array, pace: mx.array
+        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], at: States, pace: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
         network = partial(self._model.paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
-        t = self._method.tangent(network, States(p.x, p.angle, cos_velocity), pace)
+        t = self._method.tangent(network, at, pace)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])
             log_weight = self._loss_weight(p.angle)
         each = consistency.image_losses(t.network, t.rescaled, log_weight)
         cosine = mx.cos(p.angle)[:, None, None]
-        drift = cosine * (cosine * t.network - cos_velocity)
+        drift = cosine * (cosine * t.network - at.cos_velocity)
         seen = [consistency.rms(t.raw), consistency.rms(drift), consistency.rms(t.derivative)]
         return (each * p.weight).sum(), mx.stop_gradient(mx.stack([*seen, each, log_weight]))
 
     def _text_loss(self, hidden: mx.array, text: TextArrays) -> mx.array:
         logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
         return losses.text_loss(logits, text.target, text.weight)
+
+    def _states(self, p: PictureArrays, prefix: list[KeysValues] | None) -> States:
+        """The noisy pictures, where they go, and what else the method wants of the teacher, as constants."""
+        cos_velocity = mx.stop_gradient(self._cos_velocity(p, prefix))
+
+        def teacher(x: mx.array, angle: mx.array) -> mx.array:
+            return self._cos_velocity(p._replace(x=x, angle=angle), prefix)
+
+        return self._method.states(p.x, p.angle, cos_velocity, teacher)
 
     def _cos_velocity(self, p: PictureArrays, prefix: list[KeysValues] | None = None) -> mx.array:
         """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample.

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_transfusion import angle_hops, consistency, easy_consistency, pace, trigflow
+from mlx_transfusion.angle_hops import CosVelocity, Landing
 from mlx_transfusion.training.config import ConsistencyConfig
 
 
@@ -24,6 +25,8 @@ class States(NamedTuple):
     """[M]"""
     cos_velocity: mx.array
     """cos(a) v, [M, ...]."""
+    landing: Landing | None = None
+    """Where a hop along the teacher's trajectory ends, for a method that hops."""
 
 
 class Tangent(NamedTuple):
@@ -45,6 +48,9 @@ class Method(Protocol):
     def pace(self, step: int) -> float:
         """The number that changes over the run, at `step` (0-based)."""
 
+    def states(self, x: mx.array, angle: mx.array, cos_velocity: mx.array, teacher: CosVelocity) -> States:
+        """What is known before any gradient: the noisy pictures, and what the method asks the teacher for."""
+
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """Where the network's output at these states is to move."""
 
@@ -59,10 +65,14 @@ class ContinuousTime:
         """The factor r of the tangent's unstable part, which rises to 1."""
         return pace.tangent_warmup(step, self._settings.tangent_warmup)
 
+    def states(self, x: mx.array, angle: mx.array, cos_velocity: mx.array, teacher: CosVelocity) -> States:
+        """The pictures as they are."""
+        return States(x, angle, cos_velocity)
+
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """g = cos(a) df/da."""
-        value = consistency.value_and_derivative(network, *at)
-        raw = consistency.tangent(value, *at, pace)
+        value = consistency.value_and_derivative(network, at.x, at.angle, at.cos_velocity)
+        raw = consistency.tangent(value, at.x, at.angle, at.cos_velocity, pace)
         rescaled = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
         return Tangent(value.network, raw, rescaled, value.derivative)
 
@@ -77,14 +87,18 @@ class EasyTuning:
         """The gap at large angles, which falls stage by stage."""
         return pace.stage_gap(step, self._steps, self._settings.gap_stages, self._settings.gap_factor)
 
+    def states(self, x: mx.array, angle: mx.array, cos_velocity: mx.array, teacher: CosVelocity) -> States:
+        """The pictures as they are."""
+        return States(x, angle, cos_velocity)
+
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """d, the difference of f between both points in units of F and of the gap."""
         gap = easy_consistency.relative_gap(at.angle, pace)
-        point = easy_consistency.earlier(*at, gap)
+        point = easy_consistency.earlier(at.x, at.angle, at.cos_velocity, gap)
         here = network(at.x, at.angle)
         # The same weights as `here`, but a constant with all that it read, the prefix too.
         there = mx.stop_gradient(network(point.x, point.angle))
-        raw = easy_consistency.tangent(here, there, *at, gap, point)
+        raw = easy_consistency.tangent(here, there, at.x, at.angle, at.cos_velocity, gap, point)
         rescaled = easy_consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
         quotient = mx.stop_gradient(here - there) / gap.reshape(-1, *[1] * (at.x.ndim - 1))
         return Tangent(here, raw, rescaled, quotient)
@@ -97,11 +111,16 @@ class ContinuousBelow(ContinuousTime):
     own for longer than a small run lasts; a hop lands where the derivative has been at work.
     """
 
+    def states(self, x: mx.array, angle: mx.array, cos_velocity: mx.array, teacher: CosVelocity) -> States:
+        """The pictures, and where the teacher's hops take them."""
+        to = angle_hops.hop(x, angle, cos_velocity, teacher, self._settings.hop)
+        return States(x, angle, cos_velocity, Landing(*map(mx.stop_gradient, to)))
+
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """g = cos(a) df/da below `hops_above`, d of `angle_hops` from it on; one pass gives F for both."""
-        s = self._settings
+        s, to = self._settings, at.landing
+        assert to is not None
         below = super().tangent(network, at, pace)
-        to = angle_hops.hop(*at, s.hop)
         there = mx.stop_gradient(network(to.x, to.angle))
         d = angle_hops.tangent(below.network, there, at.x, at.angle, to)
         above = trigflow.per_image(at.angle >= s.hops_above, at.x)
