@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-transfusion[torch]')")
 
 from tiny_training import write_run  # noqa: E402
+from torch_tools import finish, job, start  # noqa: E402
 
 from mlx_transfusion.errors import UserError  # noqa: E402
 from mlx_transfusion.tokenizer import Tokenizer  # noqa: E402
@@ -26,7 +24,6 @@ from mlx_transfusion.torch.parallel import processes  # noqa: E402
 from mlx_transfusion.torch.trainer import Trainer, train  # noqa: E402
 from mlx_transfusion.training.config import load_train_config  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 POISON = """
 import os, mlx_transfusion.torch.step as step
 backward = step.Step.backward
@@ -73,15 +70,10 @@ def runs(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     as_if_killed(folder / "one", folder / "four")
     jobs = []
     for name, count, tensor, before in (("two", 2, 2, ""), ("four", 4, 2, ""), ("poisoned", 2, 1, POISON)):
-        flags = [word for change in (f"output={folder / name}", *CHANGES) for word in ("--set", change)]
-        jobs.append((count, [str(toml), "--tensor", str(tensor), "--peak-flops", "1e9", *flags], before))
+        flags = ["--tensor", str(tensor), "--peak-flops", "1e9"]
+        jobs.append(job(toml, folder / name, count, *CHANGES, flags=flags, before=before))
         last[name] = folder / name / "torch/step-00000006"
-    subprocess.run(
-        [sys.executable, "tests/torch_together.py", json.dumps(jobs)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    finish(start(*jobs))
     last["back"] = on_one(toml, as_if_killed(folder / "two", folder / "back"))
     return last
 

@@ -19,7 +19,7 @@ from mlx_transfusion.torch.train import main
 
 
 def together(count: int, arguments: Sequence[str], before: str) -> None:
-    """Train with `count` processes; ends this one when any of them fails."""
+    """Train with `count` processes, whose ids are printed; ends this one when any of them fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -36,6 +36,7 @@ def together(count: int, arguments: Sequence[str], before: str) -> None:
                 sys.stderr.flush()
                 os._exit(code)
         started.append(child)
+    print(json.dumps(started), flush=True)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
     if any(codes):
         sys.exit(f"{count} processes {list(arguments)} ended with {codes}")

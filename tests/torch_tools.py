@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from mlx_transfusion.training.config import DataConfig, SourceConfig, TrainConfi
 from mlx_transfusion.training.data import Batch
 
 ROOT = Path(__file__).parent.parent
-RUN = "import sys; from mlx_transfusion.torch.train import main; sys.exit(main(sys.argv[1:]))"
 
 
 def to_torch_model(model: Any) -> Transfusion:
@@ -96,37 +95,37 @@ def attention_cases() -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def start(
-    toml: Path, output: Path, count: int, before: str = "", changes: tuple[str, ...] = ("steps=8",)
-) -> list[subprocess.Popen[str]]:
-    """`count` processes of one run, of 8 steps with a checkpoint every other one unless `changes` say otherwise."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    words = [str(toml), *(word for change in (f"output={output}", *changes) for word in ("--set", change))]
-    shared = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{before}\n{RUN}", *words],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def job(
+    toml: Path, output: Path, count: int, *changes: str, flags: Sequence[str] = (), before: str = ""
+) -> tuple[int, list[str], str]:
+    """A run of `count` processes for `start`; before: code that each of them executes first."""
+    sets = [word for change in (f"output={output}", *changes) for word in ("--set", change)]
+    return count, [str(toml), *flags, *sets], before
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> str:
-    """Wait for all, which must end well; the first one's messages."""
-    told = [p.communicate(timeout=240)[1] for p in processes]
-    assert all(p.returncode == 0 for p in processes), told
-    return told[0]
+def start(*jobs: tuple[int, list[str], str]) -> subprocess.Popen[str]:
+    """Start the runs, one after the other, in processes that are forked from one (`torch_together.py`)."""
+    return subprocess.Popen(
+        [sys.executable, "tests/torch_together.py", json.dumps(jobs)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(launched: subprocess.Popen[str]) -> list[int]:
+    """The ids of the processes of the run that begins."""
+    assert launched.stdout is not None
+    return json.loads(launched.stdout.readline())
+
+
+def finish(launched: subprocess.Popen[str]) -> str:
+    """Wait for all runs, which must end well; their messages."""
+    told = launched.communicate(timeout=400)[1]
+    assert launched.returncode == 0, told
+    return told
 
 
 def run_losses(output: Path) -> list[float]:
