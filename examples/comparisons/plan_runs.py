@@ -137,16 +137,8 @@ def _step_cost(base: Path, sets: tuple[str, ...]) -> tuple[ModelConfig, float]:
     )  # fmt: skip
     total = 0.0
     for step in range(COUNTED_STEPS):
-        batch = data.batch(data.documents(step, config.batch_size))
-        packed = batch.packed
-        work = work_of(packed, bidirectional=model.bidirectional)
-        padding = packed.ids.size - packed.tokens  # each sees itself
-        total += step_flops(
-            model,
-            dataclasses.replace(
-                work, positions=packed.tokens, pairs=work.pairs - padding, text_targets=batch.text_targets
-            ),
-        )
+        packed = data.batch(data.documents(step, config.batch_size)).packed
+        total += step_flops(model, work_of(packed, bidirectional=model.bidirectional))
     return model, total / COUNTED_STEPS / 1e9
 
 
