@@ -77,7 +77,7 @@ class MeanColours:
 @pytest.fixture(scope="module")
 def tools() -> Iterator[Any]:
     """The modules of the example."""
-    names = ("plan_runs", "intervals", "measure_run", "power_laws", "run_tables")
+    names = ("plan_runs", "intervals", "measure_run", "power_laws", "run_tables", "draw_scaling")
     sys.path.insert(0, str(FOLDER))
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -195,7 +195,8 @@ def test_the_tables_of_the_example_are_whole(tools: Any) -> None:
         assert all(len(row.paper) in (0, len(table.paper_columns)) for row in table.rows)
         assert set(table.measures) <= set(tools.measure_run.MEASURES)
         for variant in variants:
-            load_train_config(FOLDER / "base.toml", list(p.variant_sets(variant)))
+            found = p.read_variant(variant)
+            load_train_config(found.base, list(found.sets))
 
 
 def test_an_interval_of_one_number_a_run(tools: Any) -> None:
@@ -243,3 +244,30 @@ def test_power_laws(tools: Any) -> None:
         laws.fit([2.0, 2.0], [1.0, 1.1])
     with pytest.raises(UserError, match="no inverse"):
         laws.fit([1.0, 2.0], [3.0, 3.0]).inverse(2.0)
+
+
+def test_a_table_of_two_families(tools: Any, tmp_path: Path) -> None:
+    """Exponents and ratio of power laws that are known, the paper's beside them, and the curves."""
+    rows = tuple(
+        tools.plan_runs.Row(f"{family}-{size}", f"{family} {size}", family=family)
+        for family in ("ours", "theirs")
+        for size in (1, 2, 3)
+    )
+    table = tools.plan_runs.Table("Scaling", rows, ("frechet", "text"), paper_ratios=(0.029, float("nan")))
+    results = {}
+    for row in rows:
+        budget = 10.0 ** int(row.variant[-1])
+        ours = row.family == "ours"
+        distance = 300 * (budget / 100) ** -0.5 if ours else 300 * (budget / 1000) ** -0.25
+        measures = {"frechet": {"value": distance}, "text": {"value": 5 - 0.1 * np.log(budget)}}
+        seconds = {"train": 60.0, "measure": 6.0}
+        results[row.variant] = [
+            {"seed": 0, "gflop": budget, "steps": 1, "seconds": seconds, "measures": measures}
+        ]
+    tools.draw_scaling.save(table, "scaling", results, tmp_path)
+    text = (tmp_path / "scaling.md").read_text()
+    assert "| Frechet distance | 0.029 | -0.500 | -0.250 | 1.00, 1.00 | 0.1 | [0.1, 0.1] |" in text
+    assert "| perplexity, glosses |  | -0.100 | -0.100 | 1.00, 1.00 | 1 | [1, 1] |" in text
+    assert text.count("theirs 1 ") == 1
+    with Image.open(tmp_path / "scaling.png") as picture:
+        assert picture.size[0] > 400

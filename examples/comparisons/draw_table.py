@@ -35,10 +35,10 @@ def markdown(table: Table, results: Results) -> str:
         paper = [f"{v:g}" for v in row.paper] or [""] * len(table.paper_columns)
         cells = [_cell(figure(_measure(runs, m)), MEASURES[m].factor) if runs else "" for m in table.measures]
         body.append([row.label, *paper, *cells, *_facts(runs)])
-    lines += _aligned(head, body)
+    lines += aligned(head, body)
     if changes := [c for row in table.rows if (c := _change(table, row, results)) is not None]:
         lines += ["", "Differences, seed by seed and item by item:", ""]
-        lines += _aligned(["", *_titles(table)], changes)
+        lines += aligned(["", *_titles(table)], changes)
     return "\n".join(lines) + "\n"
 
 
@@ -132,6 +132,6 @@ def _cell(f: Figure, factor: float, sign: str = "") -> str:
     return " ".join([f"{factor * f.value:{sign}.4g}", f"[{factor * f.low:.4g}, {factor * f.high:.4g}]"])
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]

@@ -34,6 +34,8 @@ class About:
     title: str
     factor: float = 1.0
     more_is_better: bool = False
+    nats: bool = False
+    """A loss in nats, whose exponential is a perplexity."""
 
 
 MEASURES = {
@@ -42,9 +44,9 @@ MEASURES = {
     "frechet": About("Frechet distance"),
     "kernel": About("1000 x kernel distance", 1000.0),
     "retrieval": About("cosine with the right picture", more_is_better=True),
-    "caption": About("nats a token, caption of a picture"),
+    "caption": About("nats a token, caption of a picture", nats=True),
     "description": About("word F1 of descriptions", more_is_better=True),
-    "text": About("nats a token, glosses"),
+    "text": About("nats a token, glosses", nats=True),
 }
 Result = dict[str, dict[str, Any]]
 """Name -> {"values": of each item, "weights": ...} or {"value": of the whole set}."""

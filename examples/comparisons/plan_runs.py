@@ -42,6 +42,8 @@ class Row:
     """Variant that the line is compared with."""
     paper: tuple[float, ...] = ()
     """The paper's numbers, of the table's `paper_columns`."""
+    family: str | None = None
+    """Whose power law the line belongs to, in a table of several budgets."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class Table:
     paper_columns: tuple[str, ...] = ()
     serving: bool = False
     """Whether the time of painting is measured too."""
+    paper_ratios: tuple[float, ...] = ()
+    """The paper's parity ratios, of `measures`; nan where it has none. Not empty: two families at several budgets."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file of variants/: what it changes, as "key.path=value"."""
+
+    sets: tuple[str, ...]
+    base: Path
+    """What is changed: base.toml, or what its key `base` names."""
+    budget_gflop: float | None
+    """In the place of that of comparisons.toml."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +78,9 @@ class Run:
 
     variant: str
     seed: int
+    base: Path
     sets: tuple[str, ...]
-    """What `mlx-transfusion train base.toml --set` takes to repeat it."""
+    """What `mlx-transfusion train BASE --set` takes to repeat it."""
     config: TrainConfig
     model: ModelConfig
     gflop: float
@@ -97,24 +113,28 @@ def table_names(folder: Path = FOLDER) -> list[str]:
 def plan_run(variant: str, seed: int, plan: Plan, output: Path, folder: Path = FOLDER) -> Run:
     """The run of a variant: base.toml, what variants/ says, and the steps that the budget pays for.
 
+    The budget is that of comparisons.toml, unless the variant has a `budget_gflop` of its own.
+
     Raises UserError for an unknown variant and for bad keys.
     """
-    own, base = variant_sets(variant, folder), folder / "base.toml"
-    config = load_train_config(base, list(own))
-    model, gflop = _step_cost(base, own)
-    steps = config.steps if any(s.startswith("steps=") for s in own) else round(plan.budget_gflop / gflop)
-    sets = (*own, f"steps={max(1, steps)}", f"seed={seed}")
+    found = read_variant(variant, folder)
+    config = load_train_config(found.base, list(found.sets))
+    model, gflop = _step_cost(found.base, found.sets)
+    steps = max(1, round((found.budget_gflop or plan.budget_gflop) / gflop))
+    sets = (*found.sets, f"steps={steps}", f"seed={seed}")
     name = output / f"{variant}-seed{seed}"
-    config = dataclasses.replace(config, steps=max(1, steps), seed=seed, output=str(name))
-    return Run(variant, seed, sets, config, model, gflop * config.steps)
+    config = dataclasses.replace(config, steps=steps, seed=seed, output=str(name))
+    return Run(variant, seed, found.base, sets, config, model, gflop * config.steps)
 
 
-def variant_sets(variant: str, folder: Path = FOLDER) -> tuple[str, ...]:
-    """What a variant changes in base.toml, as "key.path=value". Raises UserError for an unknown variant."""
+def read_variant(variant: str, folder: Path = FOLDER) -> Variant:
+    """variants/NAME.toml. Raises UserError for an unknown variant."""
     file = folder / "variants" / f"{variant}.toml"
     if not file.is_file():
         raise UserError(f'variant "{variant}" is unknown: there is no {file.name} in variants/')
-    return tuple(f"{key}={json.dumps(value)}" for key, value in _flat(_toml(file)))
+    data = _toml(file)
+    base, budget = folder / data.pop("base", "base.toml"), data.pop("budget_gflop", None)
+    return Variant(tuple(f"{key}={json.dumps(value)}" for key, value in _flat(data)), base, budget)
 
 
 def runs_of(table: Table, plan: Plan, output: Path, folder: Path = FOLDER) -> Iterator[Run]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import draw_scaling
 import draw_table
 import serving_speed
 from measure_run import measure
@@ -94,6 +95,9 @@ def draw(tables: dict[str, Table], plan: Plan, output: Path, results: Path, fold
         for run in runs_of(table, plan, output, folder):
             if (result := _finished(run, results)) is not None:
                 found[run.variant].append(result)
+        if table.paper_ratios:
+            draw_scaling.save(table, name, found, results)
+            continue
         below = ""
         if table.serving and all(len(found[row.variant]) == len(plan.seeds) for row in table.rows):
             below = _serving(name, table, plan, output, results, folder)
@@ -169,9 +173,7 @@ def show_plan(names: Sequence[str], output: Path, results: Path) -> None:
             state = "finished" if _finished(run, results) is not None else "to do"
             sets = " ".join(f"--set '{s}'" for s in run.sets)
             print(f"{run.name}: {state}, {run.config.steps} steps, {run.gflop:.0f} GFLOP")
-            print(
-                f"  mlx-transfusion train examples/comparisons/base.toml {sets} --set output={run.config.output}"
-            )
+            print(f"  mlx-transfusion train {run.base} {sets} --set output={run.config.output}")
 
 
 def main() -> int:
