@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
+from mlx_transfusion.evaluation.cider import cider_d
 from mlx_transfusion.evaluation.config import EvaluationConfig
 from mlx_transfusion.evaluation.data import choose, load_pairs, load_texts
 from mlx_transfusion.evaluation.denoising import BUCKET_EDGES, denoising_errors
@@ -45,6 +46,7 @@ MEASURES = {
     "kernel": About("1000 x kernel distance", 1000.0),
     "retrieval": About("cosine with the right picture", more_is_better=True),
     "caption": About("nats a token, caption of a picture", nats=True),
+    "cider": About("CIDEr-D of descriptions", more_is_better=True),
     "description": About("word F1 of descriptions", more_is_better=True),
     "text": About("nats a token, glosses", nats=True),
 }
@@ -101,10 +103,12 @@ def _pictures(loaded: Loaded, config: EvaluationConfig, extractor: FeatureExtrac
     features = extract(extractor, pixels)
     described = choose(len(val), config.counts.descriptions, config.seed, "descriptions")
     texts = describe_pictures(loaded, val.pixels[described], max_tokens=config.description_tokens)
+    written = [[val.captions[i]] for i in described]
     return {
         "frechet": {"value": frechet(features, real)},
         "kernel": {"value": kernel_distance(features, real)},
         "retrieval": _items(found.cosine),
+        "cider": _items(cider_d(texts, written)),
         "description": _items(retrieve_captions(texts, described, val.captions, val.family).word_f1),
     }
 
