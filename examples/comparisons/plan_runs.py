@@ -13,14 +13,12 @@ from typing import Any
 
 from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.flops import step_flops, work_of
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.tokenizer import Tokenizer
-from mlx_transfusion.training.config import TrainConfig, load_train_config, model_config
-from mlx_transfusion.training.data import DataSet
+from mlx_transfusion.training.config import TrainConfig, load_train_config
+from mlx_transfusion.training.shape import mean_step_flops, run_shape
 
 FOLDER = Path(__file__).parent
-COUNTED_STEPS = 4
-"""Steps whose operations are counted; those of the others differ by their captions alone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Run:
     sets: tuple[str, ...]
     """What `mlx-transfusion train BASE --set` takes to repeat it."""
     config: TrainConfig
-    model: ModelConfig
+    model: ModelConfig | DiscreteConfig
     gflop: float
     """Of the whole run."""
 
@@ -145,21 +143,10 @@ def runs_of(table: Table, plan: Plan, output: Path, folder: Path = FOLDER) -> It
 
 
 @cache
-def _step_cost(base: Path, sets: tuple[str, ...]) -> tuple[ModelConfig, float]:
+def _step_cost(base: Path, sets: tuple[str, ...]) -> tuple[ModelConfig | DiscreteConfig, float]:
     """The model, and the operations in 1e9 of a mean step: what is padding or hidden by the mask does not count."""
     config = load_train_config(base, list(sets))
-    tokenizer = Tokenizer.load(config.tokenizer)
-    special = {f"{name}_token_id": number for name, number in dataclasses.asdict(tokenizer.special).items()}
-    model = model_config(config, tokenizer.vocab_size, special)
-    data = DataSet(
-        config.data.train, config.data, config.diffusion, model, tokenizer, seed=0,
-        sequence_length=config.sequence_length,
-    )  # fmt: skip
-    total = 0.0
-    for step in range(COUNTED_STEPS):
-        packed = data.batch(data.documents(step, config.batch_size)).packed
-        total += step_flops(model, work_of(packed, bidirectional=model.bidirectional))
-    return model, total / COUNTED_STEPS / 1e9
+    return run_shape(config, Tokenizer.load(config.tokenizer)), mean_step_flops(config) / 1e9
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

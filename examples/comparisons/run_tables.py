@@ -22,6 +22,7 @@ import serving_speed
 from measure_run import measure
 from plan_runs import FOLDER, Plan, Run, Table, plan_run, read_plan, read_table, runs_of, table_names
 
+from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.evaluation.config import load_config
 from mlx_transfusion.evaluation.features import FeatureExtractor, default_extractor
@@ -111,7 +112,7 @@ def _serving(name: str, table: Table, plan: Plan, output: Path, results: Path, f
     runs = {row.variant: plan_run(row.variant, plan.seeds[0], plan, output, folder) for row in table.rows}
     settings = config.generation
     if not file.exists():
-        models = {variant: run.model for variant, run in runs.items()}
+        models = {v: run.model for v, run in runs.items() if isinstance(run.model, ModelConfig)}
         write(file, serving_speed.painting_seconds(models, settings))
     seconds = {
         variant: {int(n): values for n, values in by_count.items()}
