@@ -28,7 +28,8 @@ def points(table: Table, results: Results, measure: str) -> dict[str, Points]:
         for run in results.get(row.variant, ()):
             value = figure([run["measures"][measure]]).value
             x.append(run["gflop"])
-            y.append(math.exp(value) if MEASURES[measure].nats else value)
+            about = MEASURES[measure]
+            y.append(math.exp(value) if about.nats else about.factor * value)
     return out
 
 
