@@ -12,6 +12,12 @@ from discrete_tools import ColourQuantizer, discrete_config, random_discrete
 
 from mlx_transfusion.code_painting import paint_codes
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.evaluation.perplexity import (
+    caption_document,
+    code_scores,
+    described_document,
+    score_documents,
+)
 from mlx_transfusion.losses import token_losses
 from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.painting import paint, prefill
@@ -167,3 +173,26 @@ def test_denominator_loss(tiny_tokenizer: Tokenizer) -> None:
     np.testing.assert_allclose(nats, reference, atol=1e-5)
     gradient = mx.grad(lambda x: token_losses(x, targets)[1].square().sum())(logits)
     np.testing.assert_allclose(gradient, 2 * log_z[:, None] * mx.softmax(logits, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_that_evaluation_measures(model: Discrete) -> None:
+    """Of captions before and behind a picture and of its codes, against a forward pass of each document."""
+    c = model.config
+    captions, codes = [[20, 30], [25], []], np.array([[3, 0, 7, 1], [1, 1, 2, 5], [0, 6, 4, 4]])
+
+    def nats(ids: list[int], first: int) -> float:
+        logits = whole(model, ids)
+        losses = token_losses(logits[first - 1 : -1], mx.array(ids[first:]))[0]
+        return float(np.array(losses).sum())
+
+    drawn = (codes + c.first_code).tolist()
+    behind = [described_document(t, k, c) for k, t in enumerate(captions)]
+    found = score_documents(model, behind, codes)
+    expected = [nats([1, 4, *p, 5, *t, 2], 7) for t, p in zip(captions, drawn, strict=True)]
+    np.testing.assert_allclose(found.nats, expected, rtol=1e-4)
+    before = score_documents(model, [caption_document(t, c) for t in captions])
+    np.testing.assert_allclose(before.nats, [nats([1, *t, 4], 1) for t in captions], rtol=1e-4)
+    painted = code_scores(model, captions, codes, batch_size=2)
+    expected = [nats([1, *t, 4, *p], len(t) + 2) for t, p in zip(captions, drawn, strict=True)]
+    np.testing.assert_allclose(painted.nats, expected, rtol=1e-4)
+    assert painted.tokens.tolist() == [4, 4, 4]

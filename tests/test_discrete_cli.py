@@ -14,10 +14,12 @@ from autoencoder_tools import randomize
 from conftest import CliResult
 from PIL import Image
 from test_discrete_training import TABLES
+from tiny_evaluation import write_evaluation
 from tiny_training import top, write_run
 
 from mlx_transfusion.autoencoder.folder import save_autoencoder
 from mlx_transfusion.cli import main
+from mlx_transfusion.evaluation.set_distances import evaluate_distances
 from mlx_transfusion.images import read_record
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig, QuantizerConfig
 from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
@@ -163,3 +165,28 @@ def test_sample_grids_are_painted(cli: Cli, place: Path, tmp_path: Path) -> None
     done = cli("train", place / "train.toml", *(part for one in sets for part in ("--set", one)))
     assert done.code == 0, done.err
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
+
+
+class Pixels:
+    """Features that are some of the pixels."""
+
+    name, fingerprint = "pixels", "0"
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(len(pixels), -1)[:, ::37].astype(np.float32) / 255
+
+
+def test_evaluate(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    """All measures, on pictures of another size than the model's."""
+    config, report = write_evaluation(tmp_path) / "evaluate.toml", tmp_path / "report.json"
+    done = cli("evaluate", "-m", trained, "-c", config, "--set", "generation={batch_size=4}", "-o", report)
+    assert done.code == 0, done.err
+    assert "perplexity per code" in done.out
+    found = json.loads(report.read_text())
+    assert found["losses"]["val"]["codes"]["with_caption"]["tokens"] == 5 * 4
+    assert found["settings"]["generation"]["sampler"] == "tokens"
+    assert found["text"]["model"]["perplexity"] > 1
+    one_line(cli("evaluate", "-m", trained, "-c", config), "steps 2 is for denoising")
+    sets = ["generation={batch_size=4}", "counts.frechet=6", "counts.references=6"]
+    found = evaluate_distances(trained, config, overrides=sets, extractor=Pixels())
+    assert found["distances"]["val"]["model"]["frechet"]["value"] > 0

@@ -45,9 +45,14 @@ class Pairs:
 
 
 def load_pairs(config: EvaluationConfig, files: PairFiles, model: ModelConfig) -> Pairs:
-    """Read captioned pictures. Raises UserError for bad rows and images, and a model that is not RGB."""
+    """As `read_pairs`, at the size of a model of pixels. Raises UserError for a model that is not RGB."""
     if model.image_channels != 3:
         raise UserError(f"the model's image_channels is {model.image_channels}; pictures need 3")
+    return read_pairs(config, files, model.image_height, model.image_width)
+
+
+def read_pairs(config: EvaluationConfig, files: PairFiles, height: int, width: int) -> Pairs:
+    """Read captioned pictures, brought to a size. Raises UserError for bad rows and images."""
     images = None if files.images is None else config.path(files.images)
     rows = load_rows(Source(config.path(files.rows), images), check_images=False).rows
     refs: list[ImageRef] = []
@@ -61,7 +66,7 @@ def load_pairs(config: EvaluationConfig, files: PairFiles, model: ModelConfig) -
             else:
                 refs.append(segment)
     bases = [row.meta.get("base") for row in rows]
-    pixels = load_pixels(refs, model.image_height, model.image_width, threads=2)
+    pixels = load_pixels(refs, height, width, threads=2)
     return Pairs([ref.name for ref in refs], captions, bases, pixels)
 
 

@@ -34,7 +34,7 @@ def describe_pictures(
 
 def _describe_batch(loaded: Loaded, pixels: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Token ids of each description. All pictures are equally long, so the rows stay in step."""
-    model = loaded.transfusion
+    model = loaded.trainable
     c = model.config
     batch = len(pixels)
     cache = prefill(model, [[c.bos_token_id, c.boi_token_id]] * batch)
@@ -59,7 +59,7 @@ def _describe_batch(loaded: Loaded, pixels: np.ndarray, max_tokens: int) -> list
 
 def _banned(loaded: Loaded) -> mx.array:
     """0 for text tokens and EOS, -inf for all others. float32 [V]"""
-    c = loaded.transfusion.config
+    c = loaded.trainable.config
     out = np.zeros(c.vocab_size, np.float32)
     out[[c.pad_token_id, c.bos_token_id, c.unk_token_id, c.boi_token_id, c.eoi_token_id]] = -np.inf
     out[loaded.tokenizer.vocab_size :] = -np.inf  # rows that only round the size up

@@ -21,6 +21,7 @@ from mlx_transfusion.evaluation.networks import ClipFeatures
 from mlx_transfusion.evaluation.perplexity import (
     TextScores,
     caption_document,
+    code_scores,
     described_document,
     score_documents,
     text_document,
@@ -30,6 +31,7 @@ from mlx_transfusion.evaluation.retrieval import retrieve_captions, retrieve_pic
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
 from mlx_transfusion.events import Step
 from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.text_to_image import generate_images
 
 Progress = Callable[[int, int], None]
@@ -156,7 +158,7 @@ def measure_text(
     loaded: Loaded, config: EvaluationConfig, train: Sequence[str], val: Sequence[str]
 ) -> dict[str, Any]:
     """Perplexity of the model and of the n-gram baselines on the same tokens of the validation texts."""
-    model = loaded.transfusion
+    model = loaded.trainable
     c = model.config
     vocabulary = loaded.tokenizer.vocab_size
     characters = sum(map(len, val))
@@ -177,8 +179,8 @@ def measure_text(
 
 
 def measure_losses(loaded: Loaded, config: EvaluationConfig, split: Split) -> dict[str, Any]:
-    """Losses of captioned pictures: of the caption in either order, of the picture by amount of noise."""
-    model = loaded.transfusion
+    """Losses of captioned pictures: of the caption in either order, of the picture by amount of noise or by code."""
+    model = loaded.trainable
     c = model.config
     pairs = split.pairs
     chosen = choose(len(pairs), config.counts.losses, config.seed, "losses")
@@ -186,12 +188,18 @@ def measure_losses(loaded: Loaded, config: EvaluationConfig, split: Split) -> di
     ids = [loaded.tokenizer.encode(pairs.captions[i]) for i in chosen]
     before = score_documents(model, [caption_document(i, c) for i in ids])
     after = score_documents(model, [described_document(t, k, c) for k, t in enumerate(ids)], patches)
-    captioned = [[c.bos_token_id, *i, c.boi_token_id] for i in ids]
-    bare = [[c.bos_token_id, c.boi_token_id]] * len(ids)
-    return {
+    losses = {
         "count": len(chosen),
         "caption_before_picture": before.summary(seed=config.seed),
         "caption_after_picture": after.summary(seed=config.seed),
+    }
+    if isinstance(model, Discrete):
+        prompts = {"with_caption": ids, "without_caption": [[]] * len(ids)}
+        codes = {name: code_scores(model, text, patches) for name, text in prompts.items()}
+        return losses | {"codes": {name: scores.summary(seed=config.seed) for name, scores in codes.items()}}
+    captioned = [[c.bos_token_id, *i, c.boi_token_id] for i in ids]
+    bare = [[c.bos_token_id, c.boi_token_id]] * len(ids)
+    return losses | {
         "denoising": {
             "angle_buckets": [[a, b] for a, b in pairwise(BUCKET_EDGES)],
             "with_caption": _denoising(loaded, captioned, patches, config.seed),
@@ -222,7 +230,7 @@ def rate(right: np.ndarray, chance: float, seed: int) -> dict[str, Any]:
 
 
 def encode(loaded: Loaded, pixels: np.ndarray) -> np.ndarray:
-    """uint8 pixels [M, H, W, 3] -> clean patches [M, N, P] float32."""
+    """uint8 pixels [M, H, W, 3] -> clean patches [M, N, P] float32, or codes [M, N]."""
     parts = [
         np.array(loaded.pictures.encode(mx.array(pixels[at : at + PATCH_BATCH]).astype(mx.float32) / 255))
         for at in range(0, len(pixels), PATCH_BATCH)
@@ -232,5 +240,5 @@ def encode(loaded: Loaded, pixels: np.ndarray) -> np.ndarray:
 
 def _framed(loaded: Loaded, ids: Sequence[int]) -> np.ndarray:
     """BOS text EOS, the tokens of `text_document`. int [T]"""
-    c = loaded.transfusion.config
+    c = loaded.trainable.config
     return np.array([c.bos_token_id, *ids, c.eos_token_id])

@@ -16,7 +16,7 @@ from mlx_transfusion.evaluation.measures import Progress
 from mlx_transfusion.evaluation.report import settings_for
 from mlx_transfusion.events import Step
 from mlx_transfusion.model_io import Loaded, load
-from mlx_transfusion.settings import ResolvedSettings
+from mlx_transfusion.settings import TOKEN_SETTINGS, ResolvedSettings
 from mlx_transfusion.text_to_image import generate_images
 
 
@@ -64,7 +64,7 @@ class Painter:
             "captions": list(captions),
             "seeds": list(seeds),
             "settings": [s.sampler, s.steps, s.angles, s.spacing, s.guidance, s.guidance_interval,
-                         s.negative_prompt, s.batch_size],
+                         s.negative_prompt, s.batch_size, *(getattr(s, name) for name in TOKEN_SETTINGS)],
         }  # fmt: skip
         return array_name("pictures", facts)
 

@@ -13,8 +13,12 @@ import numpy as np
 from mlx_transfusion import sequence
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.evaluation.statistics import bootstrap_interval
+from mlx_transfusion.losses import token_losses
+from mlx_transfusion.models.discrete import Discrete
+from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.sequence import Image, PackedBatch, Segment, Text
+from mlx_transfusion.training.discrete_data import CodeTargets, code_targets
 
 ROW_MULTIPLE = 16
 """Rows grow in steps of this many tokens."""
@@ -51,17 +55,17 @@ class TextScores:
         return out
 
 
-def text_document(ids: Sequence[int], config: ModelConfig) -> list[Segment]:
+def text_document(ids: Sequence[int], config: ModelConfig | DiscreteConfig) -> list[Segment]:
     """BOS text EOS: every token of the text and EOS is predicted."""
     return sequence.document([Text(tuple(ids))], config)
 
 
-def caption_document(ids: Sequence[int], config: ModelConfig) -> list[Segment]:
+def caption_document(ids: Sequence[int], config: ModelConfig | DiscreteConfig) -> list[Segment]:
     """BOS caption BOI: a caption before its picture. BOI, which ends the caption, is predicted with it."""
     return [Text((config.bos_token_id, *ids, config.boi_token_id))]
 
 
-def described_document(ids: Sequence[int], image: int, config: ModelConfig) -> list[Segment]:
+def described_document(ids: Sequence[int], image: int, config: ModelConfig | DiscreteConfig) -> list[Segment]:
     """BOS BOI picture EOI caption EOS: the caption and EOS, which ends it, are predicted from the picture."""
     return [
         Text((config.bos_token_id,)),
@@ -73,7 +77,7 @@ def described_document(ids: Sequence[int], image: int, config: ModelConfig) -> l
 
 
 def score_documents(
-    model: Transfusion,
+    model: Transfusion | Discrete,
     documents: Sequence[Sequence[Segment]],
     patches: np.ndarray | None = None,
     *,
@@ -81,8 +85,8 @@ def score_documents(
 ) -> TextScores:
     """The language-model loss of each document; pictures are read clean (angle 0).
 
-    patches: clean pictures [M, N, P]; the documents' images are numbered by its rows. Documents of similar
-    length share a batch of at most about `batch_tokens` positions; results do not depend on it beyond
+    patches: clean pictures [M, N, P], or codes [M, N]; the documents' images are numbered by its rows. Documents of
+    similar length share a batch of at most about `batch_tokens` positions; results do not depend on it beyond
     rounding.
     """
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), int)
@@ -126,8 +130,19 @@ def _renumber(documents: Sequence[Sequence[Segment]]) -> tuple[list[list[Segment
     return out, old
 
 
-def _token_nats(model: Transfusion, packed: PackedBatch, patches: np.ndarray | None) -> np.ndarray:
+def _token_nats(model: Transfusion | Discrete, packed: PackedBatch, patches: np.ndarray | None) -> np.ndarray:
     """Cross-entropy of each text-loss position in nats, padding included. float64 [K]"""
+    logits = _text_logits(model, packed, patches)
+    nats = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(packed.text_target), reduction="none")
+    return np.array(nats).astype(np.float64)
+
+
+def _text_logits(model: Transfusion | Discrete, packed: PackedBatch, patches: np.ndarray | None) -> mx.array:
+    """Logits of the text-loss positions [K, V]."""
+    if isinstance(model, Discrete):
+        codes = np.zeros((0, 1), int) if patches is None else patches
+        targets = code_targets(packed, codes, model.config)
+        return _logits_at(model, targets, targets.text_index)
     c = model.config
     patch_index = packed.patch_index
     if patches is None or not len(patches):
@@ -144,9 +159,30 @@ def _token_nats(model: Transfusion, packed: PackedBatch, patches: np.ndarray | N
         patches=mx.array(patches),
         angle=mx.zeros((len(patches),)),
     )
-    logits, _ = model(arrays)
-    nats = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(packed.text_target), reduction="none")
-    return np.array(nats).astype(np.float64)
+    return model(arrays)[0]
+
+
+def code_scores(
+    model: Discrete, captions: Sequence[Sequence[int]], codes: np.ndarray, *, batch_size: int = 64
+) -> TextScores:
+    """The loss of each picture's codes [M, N], behind its caption (token ids, or nothing) and BOI."""
+    c, nats = model.config, np.zeros(len(codes))
+    for start in range(0, len(codes), batch_size):
+        rows = range(start, min(start + batch_size, len(codes)))
+        documents = [[*caption_document(captions[i], c), Image(i - start, c.patches_per_image)] for i in rows]
+        length = sequence.bucket(max(map(sequence.length, documents)), ROW_MULTIPLE)
+        targets = code_targets(
+            sequence.pack(documents, length, pad_id=c.pad_token_id), codes[rows.start : rows.stop], c
+        )
+        logits = _logits_at(model, targets, targets.code_index).astype(mx.float32)
+        loss, _ = token_losses(logits, mx.array(targets.code_target))
+        nats[rows.start : rows.stop] = np.array(loss).reshape(len(rows), -1).sum(1)
+    return TextScores(nats, np.full(len(codes), c.patches_per_image))
+
+
+def _logits_at(model: Discrete, targets: CodeTargets, index: np.ndarray) -> mx.array:
+    hidden = model(mx.array(targets.ids), mx.array(targets.mask))
+    return model.logits(hidden.reshape(-1, hidden.shape[-1])[mx.array(index)])
 
 
 def _document_of_target(documents: Sequence[Sequence[Segment]], packed: PackedBatch) -> np.ndarray:

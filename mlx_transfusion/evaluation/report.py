@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.evaluation.config import EvaluationConfig, load_config
-from mlx_transfusion.evaluation.data import load_pairs, load_texts
+from mlx_transfusion.evaluation.data import load_texts, read_pairs
 from mlx_transfusion.evaluation.measures import (
     Split,
     measure_descriptions,
@@ -24,8 +24,10 @@ from mlx_transfusion.evaluation.measures import (
 )
 from mlx_transfusion.evaluation.networks import ClipFeatures
 from mlx_transfusion.model_io import Loaded, load
+from mlx_transfusion.objective import TOKENS
 from mlx_transfusion.quantization import parameter_count
 from mlx_transfusion.settings import GenerationSettings, ResolvedSettings
+from mlx_transfusion.text_to_image import check_pictures
 
 QUICK_STEPS = 8
 """At most this many steps of a diffusion sampler with `quick`."""
@@ -69,8 +71,10 @@ def evaluate(
 
 def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Progress) -> dict[str, Any]:
     """The report of a loaded model."""
-    train = load_pairs(config, config.train, loaded.transfusion.config)
-    val = load_pairs(config, config.val, loaded.transfusion.config)
+    size = loaded.trainable.picture_size
+    check_pictures(loaded)
+    train = read_pairs(config, config.train, *size)
+    val = read_pairs(config, config.val, *size)
     train_texts = load_texts(config, config.train_texts, config.counts.baseline_texts)
     val_texts = load_texts(config, config.val_texts, config.counts.texts)
     clip = None if config.clip is None else ClipFeatures(Path(config.clip))
@@ -102,7 +106,7 @@ def measure(loaded: Loaded, config: EvaluationConfig, quick: bool, progress: Pro
 def settings_for(loaded: Loaded, generation: GenerationSettings, quick: bool) -> ResolvedSettings:
     """What the model is painted with; fewer steps when `quick`. Raises UserError where it cannot."""
     settings = generation.for_model(loaded.extra, loaded.name)
-    if quick and settings.angles is None:
+    if quick and settings.angles is None and settings.sampler != TOKENS:
         settings = dataclasses.replace(settings, steps=min(settings.steps, QUICK_STEPS))
     return settings
 

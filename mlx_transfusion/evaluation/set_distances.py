@@ -16,7 +16,7 @@ import numpy as np
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.evaluation.array_file import ArrayFile, array_name, chunks
 from mlx_transfusion.evaluation.config import EvaluationConfig, load_config
-from mlx_transfusion.evaluation.data import Pairs, choose, load_pairs, shuffled
+from mlx_transfusion.evaluation.data import Pairs, choose, read_pairs, shuffled
 from mlx_transfusion.evaluation.distances import compare_sets, frechet, kernel_distance
 from mlx_transfusion.evaluation.features import FeatureExtractor, extract
 from mlx_transfusion.evaluation.measures import Progress as Count
@@ -110,9 +110,10 @@ def _splits(
     config: EvaluationConfig, loaded: Loaded, extractor: FeatureExtractor, kept: ArrayFile, progress: Progress
 ) -> list[Split]:
     """Both splits, with the features of their real pictures."""
+    size = loaded.trainable.picture_size
     pairs = {
-        "train": load_pairs(config, config.train, loaded.transfusion.config),
-        "val": load_pairs(config, config.val, loaded.transfusion.config),
+        "train": read_pairs(config, config.train, *size),
+        "val": read_pairs(config, config.val, *size),
     }
     chosen, real = {}, {}
     for name, p in pairs.items():

@@ -13,7 +13,7 @@ def table(report: dict[str, Any]) -> str:
     """All figures of a report in a few aligned tables."""
     parts = _head(report)
     parts += [
-        _aligned(rows) for rows in (_retrieval(report), _denoising(report), _captions(report), _text(report))
+        _aligned(rows) for rows in (_retrieval(report), _pictures(report), _captions(report), _text(report))
     ]
     parts.append(f"Intervals are 95% bootstrap intervals. {report['seconds']['total']:.0f} seconds.")
     return "\n\n".join(parts)
@@ -111,10 +111,16 @@ def _recalls(recalls: dict[str, float]) -> str:
     return ", ".join(f"R@{k} {rate:.1%}" for k, rate in recalls.items())
 
 
-def _denoising(report: dict[str, Any]) -> list[Row]:
+def _pictures(report: dict[str, Any]) -> list[Row]:
     splits = report["losses"]
     keys = [(split, key) for split in splits for key in ("with_caption", "without_caption")]
-    head = (f"{s}, {k.split('_')[0]} caption" for s, k in keys)
+    head = [f"{s}, {k.split('_')[0]} caption" for s, k in keys]
+    if "codes" in next(iter(splits.values())):
+        return [
+            ["Codes of pictures", *head],
+            ["nats per code", *(f"{splits[s]['codes'][k]['nats_per_token']:.4f}" for s, k in keys)],
+            ["perplexity per code", *(f"{splits[s]['codes'][k]['perplexity']:.2f}" for s, k in keys)],
+        ]
     rows: list[Row] = [["Velocity error by angle (radians)", *head]]
     buckets = next(iter(splits.values()))["denoising"]["angle_buckets"]
     for i, (low, high) in enumerate(buckets):
