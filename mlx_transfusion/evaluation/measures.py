@@ -194,6 +194,7 @@ def measure_losses(loaded: Loaded, config: EvaluationConfig, split: Split) -> di
         "caption_after_picture": after.summary(seed=config.seed),
     }
     if isinstance(model, Discrete):
+        prompts: dict[str, Sequence[Sequence[int]]]
         prompts = {"with_caption": ids, "without_caption": [[]] * len(ids)}
         codes = {name: code_scores(model, text, patches) for name, text in prompts.items()}
         return losses | {"codes": {name: scores.summary(seed=config.seed) for name, scores in codes.items()}}
