@@ -106,5 +106,8 @@ def test_what_one_process_finds_bad_all_leave_out(runs: dict[str, Path]) -> None
 
 
 def test_what_cannot_be_dealt_out(toml: Path, tmp_path: Path) -> None:
-    with processes() as world, pytest.raises(UserError, match="--tensor 2: 1 processes cannot be dealt"):
-        Trainer(load_train_config(toml, [f"output={tmp_path}"]), Machines(tensor=2), world)
+    config = load_train_config(toml, [f"output={tmp_path}"])
+    with processes() as world:
+        for count in (0, 2):
+            with pytest.raises(UserError, match=f"--tensor {count}: 1 processes cannot be dealt"):
+                Trainer(config, Machines(tensor=count), world)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mlx_transfusion.errors import UserError
@@ -81,6 +83,26 @@ class Average:
         """average <- decay * average + (1 - decay) * weights."""
         ours = [local(value) for value in self.values.values()]
         torch._foreach_lerp_(ours, [local(p.detach()) for p in model.parameters()], 1 - decay)
+
+    @contextmanager
+    def inside(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model has the averaged weights, and `values` has the model's."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass alone leaves gathered weights behind, which would be used again
+        for name, p in model.named_parameters():
+            ours, theirs = local(p), local(self.values[name])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def make_mesh(world: World, groups: int = 1) -> DeviceMesh:
     The dimensions are "replica", "shard" and "tensor"; the first and the last are left out when they are 1. Raises
     UserError when the processes cannot be dealt out evenly.
     """
-    if world.size % (groups * world.tensor):
+    if min(groups, world.tensor) < 1 or world.size % (groups * world.tensor):
         raise UserError(
             f"--replicas {groups} --tensor {world.tensor}: {world.size} processes cannot be dealt into as many "
             "equal groups"

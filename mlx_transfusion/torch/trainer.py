@@ -6,11 +6,8 @@ noise are functions of (seed, step), and a run resumes on any number of processe
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
@@ -27,12 +23,12 @@ from mlx_transfusion.torch import checkpoint as ckpt
 from mlx_transfusion.torch.guard import Guard
 from mlx_transfusion.torch.loader import Loaded, Loader
 from mlx_transfusion.torch.machines import Machines, peak_of
-from mlx_transfusion.torch.optimizer import Average, clip, local, make_optimizer, set_updates
+from mlx_transfusion.torch.optimizer import Average, clip, make_optimizer, set_updates
 from mlx_transfusion.torch.parallel import World, compile_blocks, make_mesh, synchronise
 from mlx_transfusion.torch.start import new_model, run_config
 from mlx_transfusion.torch.step import Step
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.interrupt import Interrupt
+from mlx_transfusion.training.interrupt import Interrupt, terminated
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.progress import Progress as Bar
 from mlx_transfusion.training.same_run import check_same_run
@@ -119,7 +115,7 @@ class Trainer:
             log = MetricsLog(self.output, self.progress.step)
         try:
             with Bar(config.steps, self.progress.step, self.world.is_main) as bar, Interrupt() as interrupt:
-                with _terminated(interrupt):
+                with terminated(interrupt):
                     self._loop(interrupt, bar, log)
                 return self._save(wait=True)
         finally:
@@ -213,7 +209,7 @@ class Trainer:
         assert self.valid_data is not None
         c, data = self.config, self.valid_data
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        with self._averaged():
+        with self.average.inside(self.model):
             for i in range(c.valid_batches):
                 batch = data.batch(data.documents(i, c.batch_size)[self.world.share :: self.world.shares])
                 counts = sums.new_tensor([batch.text_targets, (batch.angle > 0).sum()])
@@ -222,26 +218,6 @@ class Trainer:
         text, image, tokens, pictures = sums.tolist()
         return {"valid_text_loss": text / max(1, tokens), "valid_image_loss": image / max(1, pictures)}
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass alone leaves gathered weights behind, which would be used again
-        for name, p in self.model.named_parameters():
-            ours, theirs = local(p), local(self.average.values[name])
-            kept = ours.clone()
-            ours.copy_(theirs)
-            theirs.copy_(kept)
-
     def _save(self, wait: bool = False) -> Path:
         tree = ckpt.training_state(self.trained, self.optimizer, self.average)
         self.progress.recent = self.guard.recent
@@ -249,24 +225,6 @@ class Trainer:
         if wait:
             self.saver.finish()
         return path
-
-
-@contextmanager
-def _terminated(interrupt: Interrupt) -> Iterator[None]:
-    """SIGTERM, which Slurm and torchrun send before they kill, asks for a last checkpoint as Ctrl-C does."""
-
-    def note(number: int, frame: Any) -> None:
-        interrupt.requested = True
-
-    try:
-        before = signal.signal(signal.SIGTERM, note)
-    except ValueError:  # not the main thread: nobody asks
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def train(config: TrainConfig, machines: Machines, world: World, resume: bool = True) -> Path:

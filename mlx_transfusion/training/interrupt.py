@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
@@ -37,3 +39,21 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+
+@contextmanager
+def terminated(interrupt: Interrupt) -> Iterator[None]:
+    """SIGTERM, which Slurm and torchrun send before they kill, asks for a last checkpoint as Ctrl-C does."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupt.requested = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not the main thread: nobody asks
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
