@@ -16,6 +16,7 @@ from workload import PICTURE, STEP, Workload, timed
 from mlx_transfusion import __version__, noise, sequence
 from mlx_transfusion.blas import blas_in_use
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.flops import Work, forward_flops, step_flops, work_of
 from mlx_transfusion.lanes import lanes
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import paint
@@ -47,6 +48,7 @@ def measure(workload: Workload) -> dict[str, Any]:
         "seconds": seconds,
         "positions": list(trainer.batch().packed.ids.shape),
         # With and without the caption, at each evaluation and once before.
+        "flops": flops(model.config, trainer.batch(), workload),
         "passes": {PICTURE: 2 + 2 * SAMPLERS[SAMPLER].evaluations(workload.steps)},
         "versions": {
             "mlx-transfusion": __version__,
@@ -82,23 +84,11 @@ class Training:
         self._weights = self._average = model.parameters()
         self._optimizer.init(self._weights)
         self._step = Step(model, self._optimizer, config)
-        self._captions = [captions(workload, i) for i in range(workload.batch)]
-        size = workload.image_size
-        random = np.random.default_rng(0)
-        self._pixels = random.integers(0, 256, (workload.batch, size, size, workload.channels), np.uint8)
         self._steps = 0
 
     def batch(self) -> Batch:
         """Pack the documents and draw their noise and angles."""
-        config, count = self._model.config, self._workload.batch
-        documents = [
-            sequence.document([sequence.Text(ids), sequence.Image(i, config.patches_per_image)], config)
-            for i, ids in enumerate(self._captions)
-        ]
-        packed = sequence.pack(documents, self._workload.positions)
-        draws = [noise.normal(0, (self._steps, i), self._pixels.shape[1:], "noise") for i in range(count)]
-        angle = noise.uniform(0, self._steps, (count,), "angle") * np.pi / 2
-        return Batch(packed, self._pixels, np.stack(draws), angle.astype(np.float32))
+        return training_batch(self._model.config, self._workload, self._steps)
 
     def step(self) -> None:
         """Forward, backward and AdamW (and the moving average, which belongs to our step)."""
@@ -115,10 +105,38 @@ class Training:
         self._steps += 1
 
 
+def training_batch(config: ModelConfig, workload: Workload, step: int) -> Batch:
+    """Captions and pictures, the same at every step, with the noise and the angles of this one."""
+    count, size = workload.batch, workload.image_size
+    documents = [
+        sequence.document(
+            [sequence.Text(captions(workload, i)), sequence.Image(i, config.patches_per_image)], config
+        )
+        for i in range(count)
+    ]
+    packed = sequence.pack(documents, workload.positions)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, workload.channels), np.uint8)
+    draws = [noise.normal(0, (step, i), pixels.shape[1:], "noise") for i in range(count)]
+    angle = noise.uniform(0, step, (count,), "angle") * np.pi / 2
+    return Batch(packed, pixels, np.stack(draws), angle.astype(np.float32))
+
+
 def captions(workload: Workload, seed: int) -> tuple[int, ...]:
     """Random text token ids."""
     random = np.random.default_rng(seed)
     return tuple(random.integers(FIRST_TEXT_ID, workload.vocabulary, workload.text_tokens).tolist())
+
+
+def flops(config: ModelConfig, batch: Batch, workload: Workload) -> dict[str, float]:
+    """Operations of the products of a step, and of the evaluations of a picture (without its prefix)."""
+    n = config.patches_per_image
+    prefix = workload.text_tokens + 2
+    of_picture = Work(positions=n, pairs=n * (n + prefix), text_targets=0, pictures=1)
+    evaluations = 2 * SAMPLERS[SAMPLER].evaluations(workload.steps)
+    return {
+        STEP: step_flops(config, work_of(batch.packed)),
+        PICTURE: evaluations * forward_flops(config, of_picture),
+    }
 
 
 def picture(model: Transfusion, workload: Workload) -> np.ndarray:

@@ -34,7 +34,7 @@ class Workload:
     guidance: float = 3.0
     warm_up: int = 2
     """Untimed training steps before the timed ones; of pictures there is one."""
-    repeats: int = 3
+    repeats: int = 2
     """Timed calls of each measurement in a round."""
 
     @property

@@ -22,7 +22,7 @@ from mlx_transfusion.training.trainer import Trainer
 Arrays = dict[str, np.ndarray]
 MakeConfig = Callable[..., TrainConfig]
 MUON = ["optimizer.name=muon", "optimizer.muon_learning_rate=0.02", "ema=0.8"]
-VARIES = {"tokens_per_second", "peak_memory_gb"}
+VARIES = {"tokens_per_second", "data_wait", "peak_memory_gb"}
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "happy": (240, 220, 60)}
 SHAPES = ["heart", "star", "moon", "face"]

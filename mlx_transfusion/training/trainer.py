@@ -188,9 +188,11 @@ class Trainer:
         ahead: Future[Loaded] | None = None
         while self.state.step < steps and not self.best.stop:
             n = self.state.step
+            start = time.perf_counter()
             loaded = ahead.result() if ahead else self._load(n)
+            waited = time.perf_counter() - start
             ahead = loader.submit(self._load, n + 1) if n + 1 < steps else None
-            stop = self._train_step(loaded, interrupt, progress, log)
+            stop = self._train_step(loaded, interrupt, progress, log, waited)
             self._after_step(progress, log)
             if stop:
                 self._save()
@@ -219,9 +221,14 @@ class Trainer:
         )
 
     def _train_step(
-        self, loaded: Loaded, interrupt: Interrupt, progress: Progress, log: MetricsLog | None
+        self,
+        loaded: Loaded,
+        interrupt: Interrupt,
+        progress: Progress,
+        log: MetricsLog | None,
+        waited: float,
     ) -> bool:
-        """One optimiser step. Returns whether any process was asked to stop."""
+        """One optimiser step, after `waited` seconds for its data. Returns whether any process was asked to stop."""
         c, n = self.config, self.state.step
         start = time.perf_counter()
         gradients, sums, stop = self._gradients(loaded, interrupt, n)
@@ -249,6 +256,7 @@ class Trainer:
             "gradient_norm": gradient_norm,
             "learning_rate": c.optimizer.learning_rate * factor,
             "tokens_per_second": loaded.tokens * self.group.size() / (time.perf_counter() - start),
+            "data_wait": waited / (waited + time.perf_counter() - start),
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         progress.advance(n + 1, values)

@@ -44,6 +44,7 @@ def test_it_learns(config: MakeConfig) -> None:
         assert r["loss"] == pytest.approx(r["text_loss"] + 5 * r["image_loss"])
         assert r["tokens_per_second"] > 0
         assert r["peak_memory_gb"] > 0
+        assert 0 <= r["data_wait"] < 1
         assert r["gradient_norm"] > 0
     assert rows[0]["text_loss"] == pytest.approx(np.log(288), rel=0.15)  # a fresh model knows nothing
     assert rows[0]["image_loss"] == pytest.approx(1.0, rel=0.5)
