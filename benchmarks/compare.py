@@ -37,8 +37,8 @@ with and 30 times without the caption, we 32 times. This is left as it is, in th
 Their two samplers are both measured, `sample` (the one of their README, which reads the caption again at every
 evaluation) and `sample_many` (which keeps keys and values, as ours does). Ratios are taken to the faster one.
 
-transfusion-pytorch, diffusers and mlx-lm run in the Python that --peer-python names, so they are no dependencies of ours.
-One that lies inside this tree sees our package as well.
+transfusion-pytorch, diffusers and mlx-lm run in the Python that --peer-python names, so they are no
+dependencies of ours.
 """
 
 from __future__ import annotations

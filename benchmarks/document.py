@@ -11,10 +11,11 @@ from report import summary
 
 HEAD = """# Benchmarks
 
-Written by `python benchmarks/compare.py`; do not edit. All peers ran side by side on one machine, each in a process of
-its own with the same number of threads, one after the other, and again for every round. A round's number is the median
-of its calls; ratios are taken within a round. What is measured, and what could not be made equal, stands at the top of
-the files in `benchmarks/`. [performance.md](performance.md) tells what bounds the numbers and what was tried.
+Written by `python benchmarks/compare.py`; do not edit. All peers ran side by side on one machine, each in a process
+of its own with the same number of threads, one after the other, and again for every round. A round's number is the
+median of its calls; ratios are taken within a round. What is measured, and what could not be made equal, stands at
+the top of the files in `benchmarks/`. [performance.md](performance.md) tells what bounds the numbers and what was
+tried.
 """
 
 

@@ -87,7 +87,10 @@ GOALS = (
         lambda r: 100 * value(r, "matmul", "MLX") / value(r, "matmul", "numpy"), 80, unit="%", digits=0,
     ),
     Goal("training step, times as fast as transfusion-pytorch", lambda r: fastest(r, STEP) / time(r, OURS, STEP), 4),
-    Goal("training step, times as fast as our PyTorch path", lambda r: time(r, EAGER, STEP) / time(r, OURS, STEP), 0.75),
+    Goal(
+        "training step, times as fast as our PyTorch path",
+        lambda r: time(r, EAGER, STEP) / time(r, OURS, STEP), 0.75,
+    ),
     Goal(
         "training step, times as fast as our PyTorch path with torch.compile",
         lambda r: time(r, COMPILED, STEP) / time(r, OURS, STEP), 0, note="no goal: for comparison",
@@ -108,8 +111,8 @@ GOALS = (
     Goal(
         "denoising step, prefix of 2,048 beside 16",
         lambda r: time(r, "prefix", "prefix of 2,048") / time(r, "prefix", "prefix of 16"), 1.3, at_most=True,
-        note="counted in operations alone it would be 2.2x at this width: attention to 2,048 keys costs more than "
-        "all weights of a layer of width 256",
+        note="counted in operations alone it is 2.2x at this width, where attention to 2,048 keys costs more than "
+        "all weights of a layer",
     ),
     Goal(
         "8 pictures at once beside one by one",
@@ -127,7 +130,8 @@ GOALS = (
          note="no goal: for comparison"),
     Goal("sampler's own arithmetic, times as fast as diffusers", lambda r: beside(r, "16 steps of the sampler"), 0,
          note="no goal: for comparison"),
-    Goal("waiting for data, of a training step", lambda r: 100 * value(r, "data", "waiting"), 5, at_most=True, unit="%"),
+    Goal("waiting for data, of a training step", lambda r: 100 * value(r, "data", "waiting"), 5, at_most=True,
+         unit="%"),
     Goal("--help over a bare typer program", lambda r: cold(r, "--help", "--help of a bare typer program"), 0.3,
          at_most=True, unit=" s"),
     Goal("first picture of the bundled student, cold start", lambda r: cold(r, "first picture from a cold start"), 3,
@@ -150,11 +154,10 @@ def table(rounds: Sequence[Run], verdict: bool) -> str:
     """Every goal in Markdown."""
     lines = ["| what | found: median (lowest to highest round) | goal | |", "|---|---|---|---|"]
     for goal in GOALS:
-        found = goal.judge(rounds)
+        found, aim = goal.judge(rounds), goal.bound if goal.limit else "none"
         if found is None:
-            lines.append(f"| {goal.what} | not measured | {goal.bound} | |")
+            lines.append(f"| {goal.what} | not measured | {aim} | |")
             continue
-        aim = goal.bound if goal.limit else "none"
         judged = goal.note if goal.note.startswith("no goal") else _verdict(goal, found, verdict)
         lines.append(f"| {goal.what} | {found.text(goal.digits, goal.unit)} | {aim} | {judged} |")
     return "\n".join(lines)

@@ -187,7 +187,8 @@ def memory() -> dict[str, Any]:
                 marks[self.state.step] = held()
 
     small = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "patch_size": 8,
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+        "patch_size": 8,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         Watched(config(Path(folder), STEPS, small, 4)).run()

@@ -10,8 +10,7 @@ from typing import Any
 from workload import PICTURE, STEP
 
 THEIRS = "transfusion-pytorch"
-GOALS = {STEP: 4.0, PICTURE: 8.0}
-"""How many times as fast we mean to be."""
+KINDS = (STEP, PICTURE)
 
 Rounds = Sequence[Mapping[str, Mapping[str, Any]]]
 """For each round, what each peer's worker printed."""
@@ -59,7 +58,7 @@ def ratios(rounds: Rounds) -> dict[str, dict[str, Summary]]:
     """Measurement -> our peer -> how many times as fast it is as the fastest way of THEIRS."""
     ours = [peer for peer in rounds[0] if peer != THEIRS]
     out: dict[str, dict[str, Summary]] = {}
-    for kind in GOALS:
+    for kind in KINDS:
         best = seconds(rounds, THEIRS, fastest(rounds, THEIRS, kind))
         out[kind] = {peer: ratio(best, seconds(rounds, peer, kind)) for peer in ours}
     return out
@@ -72,7 +71,7 @@ def table(rounds: Rounds) -> str:
         "|---|---|---|---|---|",
     ]
     found = ratios(rounds)
-    for kind in GOALS:
+    for kind in KINDS:
         for peer, result in rounds[0].items():
             for name in measurements(rounds, peer, kind):
                 time = summary(seconds(rounds, peer, name)).text(3, "")
@@ -83,15 +82,3 @@ def table(rounds: Rounds) -> str:
 
 def _mark(rounds: Rounds, name: str, kind: str) -> str:
     return "1 (the peer's fastest way)" if name == fastest(rounds, THEIRS, kind) else ""
-
-
-def verdicts(rounds: Rounds) -> str:
-    """Whether the goals are reached, judged by our first peer, which is the paper's model."""
-    lines = []
-    for kind, summaries in ratios(rounds).items():
-        peer, speed = next(iter(summaries.items()))
-        verdict = "reached" if speed.middle >= GOALS[kind] else "NOT reached"
-        lines.append(
-            f"{kind}: {peer} is {speed.text(2, 'x')} as fast; the goal of {GOALS[kind]:g}x is {verdict}."
-        )
-    return "\n".join(lines)
