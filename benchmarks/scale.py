@@ -1,9 +1,9 @@
-"""How time and memory grow: `python benchmarks/scale.py --output docs/scale.json --figure docs/scale.png`.
+"""How time and memory grow: `python benchmarks/scale.py --output scale.json --figure docs/scale.png`.
 
-Each curve changes one thing and keeps the rest (width 128, 4 layers, 64 image tokens, 8 documents), and gets an exponent:
-the slope of the logarithm of the time over that of the size, fitted to the upper half of the curve, where fixed costs
-weigh least. The exponent of the operations, counted by `mlx_transfusion.flops`, stands beside it: the time may grow as
-the work does.
+Each curve changes one thing and keeps the rest (width 128, 4 layers, 64 image tokens), and gets an exponent: the
+slope of the logarithm of the time over that of the size, fitted to the upper half of the curve, where fixed costs
+weigh least. The exponent of the operations, counted by `mlx_transfusion.flops`, stands beside it: the time may grow
+as the work does.
 
 sequence    step by tokens of a caption, in one document
 width       step by the model's width
@@ -12,8 +12,8 @@ patches     step by tokens of a picture
 writing     128 to 1,024 tokens, one by one behind the cache
 prefix      a denoising step by tokens of its prefix
 
-All points of a curve are timed in turn, `--rounds` times; the median counts. Memory is MLX's peak of a step over what it
-held before.
+All points of a curve are timed in turn, `--rounds` times; the median counts. Memory is MLX's peak of a step over what
+it held before.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import mlx.core as mx
 import numpy as np
 from compare import BUSY, NO_VERDICT, machine, say, write
 from ours import model_config
+from PIL import Image, ImageDraw
 from workload import Workload, timed
 
 from mlx_transfusion import noise, sequence
@@ -199,20 +200,33 @@ def table(curves: dict[str, dict[str, list[float]]]) -> str:
 
 
 def draw(curves: dict[str, dict[str, list[float]]], file: Path) -> None:
-    """One panel a curve: seconds over size, both logarithmic, beside a line of the operations' shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
-    for axis, (name, c) in zip(axes.flat, curves.items(), strict=False):
+    """One panel a curve, both axes logarithmic: seconds as dots and a line, the operations' shape in grey."""
+    width, height, margin = 320, 240, 30
+    picture = Image.new("RGB", (width * 3, height * -(-len(curves) // 3)), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (name, c) in enumerate(curves.items()):
+        left, top = number % 3 * width, number // 3 * height
         scale = c["seconds"][-1] / c["flops"][-1]
-        axis.loglog(c["size"], c["seconds"], "o-", label="seconds")
-        axis.loglog(c["size"], [f * scale for f in c["flops"]], "--", label="operations, scaled")
-        axis.set_title(f"{name}: exponent {exponent(c['size'], c['seconds']):.2f}")
-        axis.legend()
-    figure.savefig(file, dpi=110)
+        lines = {"grey": [f * scale for f in c["flops"]], "blue": c["seconds"]}
+        x, y = np.log(c["size"]), {colour: np.log(values) for colour, values in lines.items()}
+        low, high = min(v.min() for v in y.values()), max(v.max() for v in y.values())
+        for colour, values in y.items():
+            across = left + margin + (x - x[0]) / (x[-1] - x[0]) * (width - 2 * margin)
+            down = top + height - margin - (values - low) / (high - low) * (height - 2 * margin - 20)
+            points = list(zip(across.tolist(), down.tolist(), strict=True))
+            pen.line(points, fill=colour, width=2)
+            if colour == "blue":
+                for px, py in points:
+                    pen.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+        pen.rectangle((left, top, left + width - 1, top + height - 1), outline="lightgrey")
+        title = (
+            f"{name}: {c['size'][0]:,} to {c['size'][-1]:,}, exponent {exponent(c['size'], c['seconds']):.2f}"
+        )
+        pen.text((left + 10, top + 8), title, fill="black")
+        pen.text(
+            (left + 10, top + height - 18), f"{c['seconds'][0]:.3f} to {c['seconds'][-1]:.3f} s", fill="black"
+        )
+    picture.save(file)
 
 
 def main() -> None:
@@ -223,7 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CURVES, default=list(CURVES))
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     load = os.getloadavg()[0]
