@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from test_autoencoder_training import arrays, write_run
 
+from mlx_transfusion import noise
 from mlx_transfusion.autoencoder.bottleneck import codebook_from, quantized_start
 from mlx_transfusion.autoencoder.config import load_training
 from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
@@ -152,7 +153,7 @@ def test_training_learns_pictures_and_codes(tmp_path: Path, ema: str) -> None:
     trainer = Trainer(load_training(toml, [*VQ, "steps=40", f"codebook.ema={ema}", "data.flip=0"]))
     before = mx.array(trainer.model.quantizer.codebook)
     values = [trainer._train_step(trainer.train.batch(n, 4)) for n in range(40)]
-    assert np.mean([v["l1"] for v in values[-5:]]) < 0.8 * np.mean([v["l1"] for v in values[:5]])
+    assert np.mean([v["l1"] for v in values[-5:]]) < 0.85 * np.mean([v["l1"] for v in values[:5]])
     assert values[-1]["perplexity"] > 2
     moved = mx.abs(trainer.state.weights["autoencoder"]["quantizer"]["codebook"] - before).max().item()
     assert moved > 1e-3
@@ -202,8 +203,7 @@ def test_a_run_starts_from_kl(tmp_path: Path) -> None:
     trainer = Trainer(load_training(toml, [*VQ, f"init={tmp_path / 'kl'}"]))
     pixels = mx.array(to_signed(next(trainer.train.first(12))))
     means = np.array(kl_model().encode(pixels).mean).reshape(-1, 3)
-    gaps = np.abs(np.array(trainer.model.quantizer.codebook)[:, None] - means).max(-1).min(1)
-    assert gaps.max() < 1e-5  # every code is one of their means
+    np.testing.assert_allclose(trainer.model.quantizer.codebook, codebook_from(means, 16, 0), atol=1e-3)
     save_autoencoder(tmp_path / "vq", vq_model())
     with pytest.raises(UserError, match=r"its quantizer is {'codes': 16}, \[model\] says {'codes': 8}"):
         Trainer(load_training(toml, ["model.quantizer.codes=8", f"init={tmp_path / 'vq'}"]))
@@ -215,6 +215,16 @@ def test_few_elements_fill_a_large_codebook() -> None:
     elements = np.arange(6.0, dtype=np.float32).reshape(3, 2)
     found = np.array(codebook_from(elements, 7, 0))
     assert {tuple(row) for row in found} == {tuple(row) for row in elements}
+
+
+def test_a_codebook_begins_where_elements_are() -> None:
+    rng = np.random.default_rng(0)
+    centres = 10 * np.eye(4, 3, dtype=np.float32)
+    elements = (centres[rng.integers(0, 4, 400)] + rng.normal(0, 0.1, (400, 3))).astype(np.float32)
+    found = np.array(codebook_from(elements, 8, 0))
+    error = np.square(elements[:, None] - found).sum(-1).min(1).mean()
+    start = elements[np.resize(noise.permutation(0, 0, 400, "autoencoder/codebook"), 8)]
+    assert error < 0.8 * np.square(elements[:, None] - start).sum(-1).min(1).mean()
 
 
 def test_codes_and_back(tmp_path: Path) -> None:

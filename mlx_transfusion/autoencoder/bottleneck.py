@@ -12,9 +12,11 @@ from mlx_transfusion import noise
 from mlx_transfusion.autoencoder.config import AutoencoderTraining, CodebookConfig
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
-from mlx_transfusion.models.quantizer import Usage, even_usage, revive, update_usage
+from mlx_transfusion.models.quantizer import Usage, even_usage, nearest, revive, update_usage
 
 Tree = Any
+ROUNDS = 10
+"""Of k-means, before a codebook's first step."""
 
 
 class Passage(NamedTuple):
@@ -88,9 +90,19 @@ def _with_codebook(tree: Tree, codebook: mx.array) -> Tree:
 
 
 def codebook_from(elements: np.ndarray, size: int, seed: int) -> mx.array:
-    """A codebook [K, C] of elements [N, C] drawn at random; of fewer than K elements some come twice."""
+    """A codebook [K, C] for elements [N, C]: some of them, drawn at random, moved to the means of what is nearest.
+
+    That is k-means with few rounds. Of fewer than K elements some come twice.
+    """
     order = noise.permutation(seed, 0, len(elements), "autoencoder/codebook")
-    return mx.array(elements[np.resize(order, size)])
+    codebook, every = elements[np.resize(order, size)].astype(np.float32), mx.array(elements)
+    for _ in range(ROUNDS):
+        codes = np.array(nearest(every, mx.array(codebook)))
+        counts = np.bincount(codes, minlength=size)
+        sums = np.zeros_like(codebook)
+        np.add.at(sums, codes, elements)
+        codebook = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], codebook)
+    return mx.array(codebook)
 
 
 def quantized_start(ours: AutoencoderVQ, theirs: AutoencoderKL) -> None:

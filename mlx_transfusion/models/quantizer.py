@@ -45,10 +45,7 @@ class VectorQuantizer(nn.Module):
 
     def codes(self, z: mx.array) -> mx.array:
         """Elements [..., C] -> int32 [...]: the nearest codes by Euclidean distance, of equal ones the first."""
-        flat = z.reshape(-1, z.shape[-1])
-        # |z - e|^2 without |z|^2, which is the same for all codes.
-        distance = self.codebook.square().sum(-1) - 2 * (flat @ self.codebook.T)
-        return mx.stop_gradient(distance.argmin(-1).astype(mx.int32)).reshape(z.shape[:-1])
+        return nearest(z.reshape(-1, z.shape[-1]), self.codebook).reshape(z.shape[:-1])
 
     def vectors(self, codes: mx.array) -> mx.array:
         """Codes [...] -> [..., C]."""
@@ -65,6 +62,13 @@ class VectorQuantizer(nn.Module):
             (mx.stop_gradient(z) - vectors).square().mean(),
             (z - fixed).square().mean(),
         )
+
+
+def nearest(z: mx.array, codebook: mx.array) -> mx.array:
+    """Elements [N, C], codebook [K, C] -> int32 [N], without a gradient; of codes as near the first."""
+    # |z - e|^2 without |z|^2, which is the same for all codes.
+    distance = codebook.square().sum(-1) - 2 * (z @ codebook.T)
+    return mx.stop_gradient(distance.argmin(-1).astype(mx.int32))
 
 
 class Usage(NamedTuple):
