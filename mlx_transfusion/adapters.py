@@ -124,6 +124,10 @@ def _read(path: Path, base: Loaded) -> tuple[Adapter, Path]:
     if not is_adapter(path):
         raise UserError(f"{path}: is no adapter: expected a folder with adapter_config.json, or a LoRA file")
     config = lora.read_adapter_config(path)
+    if config.objective is not None:
+        raise UserError(
+            f"{path}: is a student of another model and paints in its own way: name it with --model"
+        )
     if config.lora_parameters.keys is None:
         raise UserError(f"{path}: stands for a whole model: name it with --model instead")
     if config.model_fingerprint not in _fingerprints(base):

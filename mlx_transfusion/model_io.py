@@ -47,6 +47,7 @@ from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.models.family import Family, FamilyConfig, PictureFamily, TextFamily
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import TOKENS
+from mlx_transfusion.painting_defaults import GENERATION
 from mlx_transfusion.quantization import dequantize, parameter_count, quantization_of, quantize_like
 from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 
@@ -213,13 +214,14 @@ def load_config(name: str | os.PathLike[str] | None = None) -> ModelConfig:
 def read_config(path: Path) -> tuple[FamilyConfig, dict[str, Any]]:
     """config.json of a model folder: the model's fields, and the extra tables. Raises UserError.
 
-    Of an adapter: its base's fields with its own over them, and its objective.
+    Of an adapter: its base's fields with its own over them, how the base paints, and its own objective.
     """
     if is_adapter(path):
         adapter = lora.read_adapter_config(path)
-        base, _ = read_config(lora.base_folder(path, adapter))
+        base, extra = read_config(lora.base_folder(path, adapter))
         fields = base.to_dict() | adapter.config
-        own = {} if adapter.objective is None else {"objective": adapter.objective}
+        own = {GENERATION: extra[GENERATION]} if GENERATION in extra else {}
+        own |= {} if adapter.objective is None else {"objective": adapter.objective}
         return type(base).from_dict(fields, f"{path / ADAPTER_CONFIG}: config"), own
     file = path / CONFIG_FILE
     data = read_json(file)

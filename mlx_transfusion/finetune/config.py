@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_transfusion import sequence
-from mlx_transfusion.config import ModelConfig, from_dict
+from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_path import resolve
 from mlx_transfusion.training.config import (
@@ -106,19 +106,19 @@ Place = tuple[Path, Path]
 
 def train_config(
     config: FinetuneConfig,
-    model: ModelConfig,
+    max_position: int,
     rows: Mapping[str, Place],
     prior: Place | None,
     lengths: Sequence[int],
 ) -> TrainConfig:
     """The training run of a fine-tune.
 
-    rows, prior: jsonl files of `data` and `prior`; lengths: positions that each document takes. Raises UserError for
-    values out of range.
+    max_position: of the model's sequences; rows, prior: jsonl files of `data` and `prior`; lengths: positions that
+    each document takes. Raises UserError for values out of range.
     """
     longest = max(lengths)
-    if longest > model.max_position:
-        raise UserError(f"finetune: a document of {longest} tokens, and the model takes {model.max_position}")
+    if longest > max_position:
+        raise UserError(f"finetune: a document of {longest} tokens, and the model takes {max_position}")
     rate = LEARNING_RATES[config.type] if config.learning_rate is None else config.learning_rate
     train = [_source(rows["train"], 1.0 if prior is None else 1 - config.prior_share)]
     if prior is not None:
@@ -139,7 +139,7 @@ def train_config(
         steps=config.iters,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
-        sequence_length=min(sequence.bucket(longest, LENGTH_MULTIPLE), model.max_position),
+        sequence_length=min(sequence.bucket(longest, LENGTH_MULTIPLE), max_position),
         seed=config.seed,
         dtype=config.dtype,
         gradient_checkpointing=config.grad_checkpoint,

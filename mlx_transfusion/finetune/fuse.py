@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_transfusion.adapters import PAINTER, load_adapted
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import read_config, read_weights, save_model
 from mlx_transfusion.model_path import is_adapter, resolve
+from mlx_transfusion.quantization import quantize_like
 
-TABLES = ("training", "objective")
+TABLES = ("training", "objective", "generation")
 
 
 def fuse(
@@ -35,11 +35,7 @@ def fuse(
     model: Any = loaded.model
     if stored and not dequantize:
         weights = read_weights(path)
-
-        def wanted(layer: str, module: nn.Module) -> bool:
-            return hasattr(module, "to_quantized") and f"{layer.removeprefix(PAINTER)}.scales" in weights
-
-        nn.quantize(model, int(stored["group_size"]), int(stored["bits"]), class_predicate=wanted)
+        quantize_like(model, {*weights, *(PAINTER + name for name in weights)}, stored, str(path))
     dtype = None if stored else _dtype(path)
     extra = {key: table for key, table in loaded.extra.items() if key in TABLES}
     return save_model(output, model, loaded.tokenizer, extra, dtype=dtype)

@@ -27,6 +27,8 @@ class Gate:
     """Which tokens of the packed rows belong to a noisy picture. bool [B, T, 1]"""
     pictures: mx.array | None = None
     """Which pictures are noisy. bool [M, 1, 1]"""
+    off: bool = False
+    """Whether the model is to be what it was without its adapters."""
 
 
 class AdaptedLinear(nn.Module):
@@ -55,6 +57,8 @@ class AdaptedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[..., inputs] -> [..., outputs]."""
         plain = self.linear(x)
+        if self._gate.off:
+            return plain
         difference = self._scale * ((x @ self.lora_a) @ self.lora_b)
         out = plain + difference.astype(plain.dtype)
         if "m" in self:

@@ -13,18 +13,21 @@ from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.config import FinetuneConfig, train_config
 from mlx_transfusion.finetune.data import UserData, read_user_data, write_rows
+from mlx_transfusion.finetune.families import PARTS
+from mlx_transfusion.finetune.family_plan import estimate_family
 from mlx_transfusion.finetune.memory import Estimate, check_memory, estimate
 from mlx_transfusion.lora_extract import base_name
 from mlx_transfusion.model_files import write_json
-from mlx_transfusion.model_io import load_config
+from mlx_transfusion.model_io import load_config, read_config, special_ids
 from mlx_transfusion.model_path import ADAPTER_CONFIG, is_adapter, resolve
+from mlx_transfusion.models.family import FamilyConfig
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.best import FOLDER as BEST_FOLDER
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.rows import ImageRef
 
 AROUND = 2
-"""BOS and EOS of a document, and BOI and EOI of a picture."""
+"""BOS and EOS of a document."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +63,30 @@ def make_plan(config: FinetuneConfig, write: bool = True) -> Plan:
 
     Raises UserError for a model that cannot be fine-tuned, for data without a usable row, and for bad settings.
     """
-    model = load_config(config.model)
-    _check_model(config, model)
     path = resolve(config.model)
-    tokenizer = Tokenizer.load(path)
+    converted = read_config(path)[0]
+    family = converted.model_type in PARTS
+    model: Any = converted if family else load_config(config.model)
+    _check_model(config, model)
+    if family:  # a caption is a prompt, and nothing is learned about pictures that come first
+        config = dataclasses.replace(config, caption_first=1.0)
+    picture = model.layout.picture_tokens
+    tokenizer = Tokenizer.load(path, special=special_ids(model))
     data = read_user_data(Path(config.data), config.caption)
     target = Path(config.output) / "rows"
     rows = _places(data, target, write)
     tokens = [len(tokenizer.encode(text)) for text in data.texts]
-    lengths = _lengths(data, tokenizer, model)
+    lengths = _lengths(data, tokenizer, picture)
     prior = None
     if config.prior is not None:
         past = read_user_data(Path(config.prior))
         prior = _places(past, target / "prior", write)["train"]
-        lengths += _lengths(past, tokenizer, model)
-    plan = train_config(config, model, rows, prior, lengths)
+        lengths += _lengths(past, tokenizer, picture)
+    longest = model.layout.max_position
+    plan = train_config(config, longest, rows, prior, lengths)
+    if family:  # prompts are longer than captions, and nothing is packed
+        plan = dataclasses.replace(plan, sequence_length=longest)
+        return Plan(plan, data, estimate_family(plan, model, max(lengths)), tokens)
     return Plan(plan, data, estimate(plan, model, Counter(lengths)), tokens)
 
 
@@ -117,21 +129,20 @@ def _places(data: UserData, target: Path, write: bool) -> dict[str, tuple[Path, 
     return {split: (file, data.images[split]) for split, file in write_rows(data, target).items()}
 
 
-def _check_model(config: FinetuneConfig, model: ModelConfig) -> None:
+def _check_model(config: FinetuneConfig, model: FamilyConfig) -> None:
     if is_adapter(resolve(config.model)):
         raise UserError(
             f"--model {config.model}: is a student or an adapter of another model: fine-tune that one (of "
             "emoji-2step it is emoji); the adapter then works on both"
         )
-    if model.image_channels != 3:
+    if isinstance(model, ModelConfig) and model.image_channels != 3:
         raise UserError(
             f"--model {config.model}: makes latents, not pixels: only pixel models are fine-tuned"
         )
 
 
-def _lengths(data: UserData, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
-    """Positions of each training document."""
-    picture = model.patches_per_image + AROUND
+def _lengths(data: UserData, tokenizer: Tokenizer, picture: int) -> list[int]:
+    """Positions of each training document, of which a picture takes `picture`."""
     if data.captions:
         return [AROUND + picture + len(tokenizer.encode(row["text"])) for row in data.captions]
     return [

@@ -56,10 +56,7 @@ class AdapterStep(Step):
         self, folder: Path, model: Transfusion, tokenizer: Tokenizer, extra: Mapping[str, Any] | None
     ) -> object:
         """Write the adapter in `model` into a folder that `load` reads. Raises UserError."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / lora.ADAPTER_FILE, self._arrays(model))
-        write_json(folder / ADAPTER_CONFIG, self.adapter_config(folder).to_dict())
-        return folder
+        return write_adapter(folder, self._arrays(model), self.adapter_config(folder))
 
     def read_averaged(self, folder: Path) -> Tree:
         """The arrays that `save` wrote, as the tree of what is trained."""
@@ -94,3 +91,11 @@ class AdapterStep(Step):
     def _arrays(self, model: Transfusion) -> dict[str, mx.array]:
         flat = flat_trained(model, self._base.names)
         return {self._prefix + name: value for name, value in flat.items()}
+
+
+def write_adapter(folder: Path, arrays: dict[str, mx.array], config: lora.AdapterConfig) -> Path:
+    """Write an adapter into a folder (created when missing); returns it. Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / lora.ADAPTER_FILE, arrays)
+    write_json(folder / ADAPTER_CONFIG, config.to_dict())
+    return folder

@@ -127,6 +127,16 @@ class Bagel(PictureFamily):
         cache.append(added, new)
         return self.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
 
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]."""
+        b, t = ids.shape
+        positions = mx.broadcast_to(mx.arange(t)[None], (b, t))
+        cache = self.new_cache(b)
+        x = self.embed_tokens(ids)
+        return self.lm_head(
+            self.decoder(x, t, positions, cache.text_mask(np.ones((b, t), bool)), cache.layers)[0]
+        )
+
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
         """The prompt as one block of text: BOS, tokens, EOS. The picture's own block begins with its begin token."""
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]

@@ -126,6 +126,15 @@ class PictureFamily(TextFamily):
         """The text whose tokens `image_prefix` takes: the prompt, or the turns of a chat around it."""
         return prompt
 
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]; padding on the right changes nothing before it.
+
+        What training on text needs. Raises UserError where the family has none.
+        """
+        raise UserError(
+            f"a {self.config.model_type} model is not trained on text: use rows with pictures alone"
+        )
+
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
         """All that is read before the picture of a prompt is painted: BOS, the prompt's tokens, BOI."""
         layout = self.config.layout

@@ -121,6 +121,10 @@ class JanusFlow(PictureFamily):
         """Read text tokens [B, T] (right-padded to `lengths` [B]) into `cache`; returns logits [B, V]."""
         return self.language_model.extend_text(ids, lengths, cache)
 
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]."""
+        return self.language_model(ids)
+
     def prompt_text(self, prompt: str) -> str:
         """The prompt as the user's turn of a chat."""
         return self.config.prompt_format.replace("{prompt}", prompt.strip())

@@ -51,9 +51,11 @@ class Lucidrains(PictureFamily):
 
     # ---- the network itself -------------------------------------------------------------------------------------
 
-    def read_text(self, ids: np.ndarray, new: np.ndarray, cache: KVCache, store: bool = True) -> mx.array:
+    def read_text(
+        self, ids: np.ndarray | mx.array, new: np.ndarray, cache: KVCache, store: bool = True
+    ) -> mx.array:
         """Final hidden states [B, T, D] of tokens [B, T] behind the cache; `new` [B, T] says which are real."""
-        ids, t = np.asarray(ids), np.asarray(ids).shape[1]
+        t = ids.shape[1]
         positions = cache.positions[:, None] + np.arange(t)
         x = self.embed_tokens(mx.array(ids))
         hidden, added = self._run(x, None, _mask(cache, new, causal=True), positions, cache.layers)
@@ -174,6 +176,12 @@ class Lucidrains(PictureFamily):
         ids, lengths = np.asarray(ids), np.asarray(lengths)
         hidden = self.read_text(ids, np.arange(ids.shape[1]) < lengths[:, None], cache)
         return self.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
+
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]."""
+        return self.lm_head(
+            self.read_text(ids, np.ones(ids.shape, bool), self.new_cache(len(ids)), store=False)
+        )
 
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
         """BOS, the prompt's tokens, and the picture's shape."""

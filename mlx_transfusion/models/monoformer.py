@@ -164,6 +164,11 @@ class MonoFormer(PictureFamily):
         hidden = self._read(self.embed_tokens(mx.array(ids)), new, cache, store=True)
         return self.lm_head(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
 
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]."""
+        cache, new = self.new_cache(len(ids)), np.ones(ids.shape, bool)
+        return self.lm_head(self._read(self.embed_tokens(ids), new, cache, store=False))
+
     def prompt_text(self, prompt: str) -> str:
         """The sentence of training around what the picture shows, usually an ImageNet label."""
         return self.config.prompt_format.replace("{prompt}", prompt)

@@ -118,6 +118,10 @@ class ShowO2(PictureFamily):
         _store(cache, hidden, added, np.zeros(ids.shape[1], int), new)
         return self.logits(hidden[mx.arange(len(ids)), mx.array(lengths - 1)])
 
+    def text_logits(self, ids: mx.array) -> mx.array:
+        """Logits [B, T, V] after every token of whole texts [B, T]."""
+        return self.logits(self.model.run(self.model.embed_tokens(ids))[0])
+
     def velocity(
         self, x: mx.array, angle: mx.array, cache: KVCache, guidance: mx.array | None = None
     ) -> mx.array:

@@ -270,10 +270,8 @@ class TrainConfig:
             raise UserError("training config: patience needs best_by, the validation number to wait for")
         if self.best_by and not self.valid_every:
             raise UserError("training config: best_by needs valid_every: how often to validate")
-        if self.adapter is not None and (self.init is None or self.consistency is not None):
-            raise UserError(
-                "training config: [adapter] needs init, the model that it is added to, and no [consistency]"
-            )
+        if self.adapter is not None and self.start is None:
+            raise UserError("training config: [adapter] needs init, the model that it is added to")
 
     def _check_sources(self) -> None:
         packed: set[bool] = set()

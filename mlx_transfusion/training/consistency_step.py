@@ -33,7 +33,7 @@ from mlx_transfusion.training.prefix_data import (
 )
 from mlx_transfusion.training.signals import Signals
 from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, to_arrays
-from mlx_transfusion.training.tangents import States, method_of
+from mlx_transfusion.training.tangents import States, method_of, picture_losses
 
 TEACHER_SAMPLER = "dpmpp_2m"
 """How the teacher's pictures are painted that a student is compared with."""
@@ -148,30 +148,18 @@ class ConsistencyStep(Step):
             self._valid = self._valid_pictures(data, size)
         prefixes, seeds, wanted = self._valid
         for steps in (1, 1 + len(self._settings.angles)):
-            made = paint(self._model, prefixes, seeds, self.student_settings(steps))
+            made = paint(self._model, prefixes, seeds, student_settings(self._settings, steps))
             out[f"valid_teacher_gap_{steps}"] = float(np.array((made - wanted).square().mean()))
         return out
 
     def paint_grid(self, tokenizer: Tokenizer, file: Path) -> None:
         """The prompts of the config in rows: the teacher's pictures, then two steps, one step, on the same noise."""
-        rows = [(self._model, self.student_settings(k)) for k in (1 + len(self._settings.angles), 1)]
+        rows = [
+            (self._model, student_settings(self._settings, k)) for k in (1 + len(self._settings.angles), 1)
+        ]
         if self._teacher is not None:
-            rows.insert(0, (self._teacher, self.teacher_settings()))
+            rows.insert(0, (self._teacher, teacher_settings(self._settings)))
         paint_rows(rows, tokenizer, self._config.sample, file)
-
-    def student_settings(self, steps: int) -> GenerationSettings:
-        """How the student paints in one step, or with the config's angles; told the scale, where it is to be."""
-        c = self._settings
-        return GenerationSettings(
-            sampler="consistency",
-            steps=steps,
-            angles=None if steps == 1 else c.angles,
-            guidance=1.0 if c.guidance_range is None else c.guidance,
-        )
-
-    def teacher_settings(self) -> GenerationSettings:
-        """How the teacher paints what the student is compared with."""
-        return GenerationSettings(sampler=TEACHER_SAMPLER, guidance=self._settings.guidance)
 
     def _valid_pictures(self, data: DataSet, size: int) -> tuple[list[list[int]], list[int], mx.array]:
         """Prefixes, seeds, and the teacher's clean patches [M, N, P] for them."""
@@ -184,7 +172,7 @@ class ConsistencyStep(Step):
         prefixes = prefixes[: self._settings.valid_pictures]
         seeds = list(range(len(prefixes)))
         assert self._teacher is not None
-        return prefixes, seeds, paint(self._teacher, prefixes, seeds, self.teacher_settings())
+        return prefixes, seeds, paint(self._teacher, prefixes, seeds, teacher_settings(self._settings))
 
     def _plain_consistency_gradients(
         self,
@@ -226,16 +214,12 @@ class ConsistencyStep(Step):
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
         network = partial(self._model.paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
-        t = self._method.tangent(network, at, pace)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])
             log_weight = self._loss_weight(p.angle)
-        each = consistency.image_losses(t.network, t.rescaled, log_weight)
-        cosine = mx.cos(p.angle)[:, None, None]
-        drift = cosine * (cosine * t.network - at.cos_velocity)
-        seen = [consistency.rms(t.raw), consistency.rms(drift), consistency.rms(t.derivative)]
-        return (each * p.weight).sum(), mx.stop_gradient(mx.stack([*seen, each, log_weight]))
+        each, seen = picture_losses(self._method, network, at, pace, log_weight)
+        return (each * p.weight).sum(), seen
 
     def _text_loss(self, hidden: mx.array, text: TextArrays) -> mx.array:
         logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
@@ -269,6 +253,21 @@ class ConsistencyStep(Step):
         _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
         null = [(mx.repeat(k, m, 0), mx.repeat(v, m, 0)) for k, v in alone]
         return guided(cond, teacher.cos_velocity(p.x, p.angle, null, mx.full((m,), 2)), scale)
+
+
+def student_settings(config: ConsistencyConfig, steps: int) -> GenerationSettings:
+    """How the student paints in one step, or with the config's angles; told the scale, where it is to be."""
+    return GenerationSettings(
+        sampler="consistency",
+        steps=steps,
+        angles=None if steps == 1 else config.angles,
+        guidance=1.0 if config.guidance_range is None else config.guidance,
+    )
+
+
+def teacher_settings(config: ConsistencyConfig) -> GenerationSettings:
+    """How the teacher paints what the student is compared with."""
+    return GenerationSettings(sampler=TEACHER_SAMPLER, guidance=config.guidance)
 
 
 def _same_weights(part: Transfusion, whole: Transfusion) -> bool:

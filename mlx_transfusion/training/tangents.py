@@ -132,6 +132,21 @@ class ContinuousBelow(ContinuousTime):
         )
 
 
+def picture_losses(
+    method: Method, network: consistency.Network, at: States, pace: mx.array, log_weight: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Loss of each of M pictures [M], and what is watched of each: a constant [5, M], the names in `Signals`.
+
+    log_weight: w(a) [M], zeros for none.
+    """
+    t = method.tangent(network, at, pace)
+    each = consistency.image_losses(t.network, t.rescaled, log_weight)
+    cosine = trigflow.per_image(mx.cos(at.angle), at.x)
+    drift = cosine * (cosine * t.network - at.cos_velocity)
+    seen = [consistency.rms(t.raw), consistency.rms(drift), consistency.rms(t.derivative)]
+    return each, mx.stop_gradient(mx.stack([*seen, each, log_weight]))
+
+
 def method_of(settings: ConsistencyConfig, steps: int) -> Method:
     """The method that a run of `steps` asks for."""
     if settings.method == "ect":

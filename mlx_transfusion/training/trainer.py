@@ -39,6 +39,8 @@ from mlx_transfusion.training.consistency_step import ConsistencyStep
 from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.discrete_data import CodeData
 from mlx_transfusion.training.discrete_step import DiscreteStep, new_discrete
+from mlx_transfusion.training.family_data import FamilyData
+from mlx_transfusion.training.family_step import FamilyStep
 from mlx_transfusion.training.interrupt import Interrupt
 from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import make_optimizer, set_learning_rate
@@ -54,6 +56,7 @@ from mlx_transfusion.training.step import Step
 
 if TYPE_CHECKING:
     from mlx_transfusion.finetune.base import Base
+    from mlx_transfusion.finetune.family_run import FamilyRun
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,19 @@ class Trainer:
             )
         self.output = Path(config.output)
         self.painting = painting_start(config)
-        self.tokenizer = (
-            self.painting.tokenizer if self.painting is not None else Tokenizer.load(config.tokenizer)
-        )
+        self.family = None if self.painting is not None else _family(config)
+        guest = self.painting or (self.family.loaded if self.family else None)
+        self.tokenizer = Tokenizer.load(config.tokenizer) if guest is None else guest.tokenizer
         begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
-        self.base = _base(config)
+        self.base = None if self.family else _base(config)
         self.model: Any
-        if self.painting is not None:
-            self.model = self.painting.model
+        if guest is not None:
+            self.model = guest.model
         elif self.base is not None:
             self.model = self.base.loaded.transfusion
         else:
             self.model = _new_model(config, self.tokenizer, None if begun else config.start)
-        if self.painting is None:
+        if guest is None:
             self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
             "data": config.data,
@@ -104,16 +107,18 @@ class Trainer:
         rows: Any = CodeData if isinstance(self.model, Discrete) else open_data
         if self.painting is not None:
             rows, shared["config"] = PainterData, self.model.config
+        elif self.family is not None:
+            rows, shared["family"] = FamilyData, self.model
         else:
             shared["model"] = self.model.config
         self.train_data: Any = rows(config.data.train, **shared)
         self.valid_data: Any = (
             rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
-        if self.painting is None:
+        if guest is None:
             _attach_autoencoder(self.model, config, self.train_data)
         self.optimizer = make_optimizer(config.optimizer)
-        self.teacher = _teacher(config, self.model.config)
+        self.teacher = self.family.teacher if self.family else _teacher(config, self.model.config)
         self.step = self._new_step()
         weights = self.step.initial_weights()
         self.optimizer.init(weights)
@@ -129,6 +134,8 @@ class Trainer:
     def _new_step(self) -> Step:
         if self.painting is not None:
             return PainterStep(self.model, self.optimizer, self.config)
+        if self.family is not None:
+            return FamilyStep(self.model, self.family, self.optimizer, self.config)
         if self.base is not None:
             from mlx_transfusion.finetune.step import AdapterStep
 
@@ -387,10 +394,22 @@ def train(config: TrainConfig, resume: bool = True) -> Path:
     return trainer.run()
 
 
+def _family(config: TrainConfig) -> FamilyRun | None:
+    """The converted model that a run starts from, and what of it is trained."""
+    from mlx_transfusion.finetune.family_run import family_run  # late: fine-tuning stands above training
+
+    return family_run(config)
+
+
 def _base(config: TrainConfig) -> Base | None:
     """The model that an adapter is trained on, with the adapter's layers in it."""
     if config.adapter is None:
         return None
+    if config.consistency is not None:
+        raise UserError(
+            "training config: [adapter] beside [consistency] is for converted models; of our own family give "
+            'consistency.student "painter", or extract an adapter from a student (lora extract)'
+        )
     from mlx_transfusion.finetune.base import load_base  # late: fine-tuning stands above training
 
     return load_base(config)

@@ -1,0 +1,70 @@
+"""What is trained of a converted model: which layers get adapters, which only a picture passes, what always stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from mlx_transfusion.training.config import AdapterTraining
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Patterns of linear layers' names (with * and ?), and names of top-level modules, of one family."""
+
+    usual: tuple[str, ...]
+    """Layers that get an adapter unless a run names others."""
+    painting: tuple[str, ...]
+    """Layers that nothing but a picture that is being painted passes: with adapters here alone, all text and all that
+    is said about a user's picture stay bit for bit."""
+    frozen: tuple[str, ...] = ()
+    """Modules that a run of all weights leaves alone: autoencoders, encoders of users' pictures, tables."""
+
+    def paints_only(self, names: list[str]) -> bool:
+        """Whether all of these layers serve painting alone."""
+        return all(any(fnmatchcase(name, pattern) for pattern in self.painting) for name in names)
+
+
+_BAGEL = ("decoder.layers.*.generate.*_proj", "vae2llm", "llm2vae")
+_JANUSFLOW = ("vision_gen_*.channelwise_linear_?", "vision_gen_*.cond_embeds_mapper", "vision_gen_*_aligner")
+_SHOW_O2 = ("flow_head.layers.*_proj", "flow_head.*steering.linear", "flow_head.fc?", "flow_head.linear")
+
+PARTS = {
+    "bagel": Parts(
+        _BAGEL, _BAGEL, ("autoencoder", "vision", "vision_positions", "connector", "latent_positions")
+    ),
+    "janusflow": Parts(
+        ("language_model.model.layers.*_proj", *_JANUSFLOW),
+        _JANUSFLOW,
+        ("autoencoder", "vision_und_enc_model", "vision_und_enc_aligner", "beg_of_und_embed"),
+    ),
+    "monoformer": Parts(
+        ("layers.*_proj", "x_embedder", "final_layer.*"),
+        ("x_embedder", "final_layer.*"),
+        ("autoencoder", "vision", "im_embedder"),
+    ),
+    "show_o2": Parts(("model.layers.*_proj", *_SHOW_O2), _SHOW_O2, ("autoencoder",)),
+    "transfusion_pytorch": Parts(
+        (
+            "layers.*.to_qk",
+            "layers.*.to_v",
+            "layers.*.to_out",
+            "layers.*.up",
+            "layers.*.down",
+            "modalities.*.enter",
+            "modalities.*.leave",
+        ),
+        ("modalities.*.leave",),
+        ("autoencoder", "rotary_frequencies"),
+    ),
+}
+"""By `model_type`: the families whose models can be distilled and fine-tuned."""
+
+
+def with_targets(spec: AdapterTraining, kind: str) -> AdapterTraining:
+    """The spec with the layers of the family `kind`, where the run names none of its own."""
+    if spec.targets != AdapterTraining.targets:
+        return spec
+    parts = PARTS[kind]
+    return dataclasses.replace(spec, targets=parts.painting if spec.modality == "image" else parts.usual)

@@ -1,0 +1,173 @@
+"""A converted model in training: with adapters in it, or all of it but what its family always leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_transfusion import lora
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.finetune.base import GROUPS
+from mlx_transfusion.finetune.families import PARTS, Parts, with_targets
+from mlx_transfusion.finetune.layers import Gate, flat_trained, insert, targets
+from mlx_transfusion.finetune.step import write_adapter
+from mlx_transfusion.lora_extract import base_name
+from mlx_transfusion.model_files import read_safetensors
+from mlx_transfusion.model_io import Loaded, load, read_config, save_model
+from mlx_transfusion.model_path import is_adapter, resolve
+from mlx_transfusion.models.family import PictureFamily
+from mlx_transfusion.objective import read_objective
+from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.training.checkpoint import read_model
+from mlx_transfusion.training.config import AdapterTraining, TrainConfig
+
+
+@dataclass(frozen=True)
+class FamilyRun:
+    """A model of another family, and what of it is trained."""
+
+    loaded: Loaded
+    teacher: Loaded | None
+    """The diffusion model to distil; under an adapter that is the model itself without it."""
+    config: TrainConfig
+    parts: Parts
+    names: list[str]
+    """The linear layers that have an adapter; none: all weights are trained."""
+    gate: Gate
+
+    @property
+    def text_frozen(self) -> bool:
+        """Whether nothing that reads or writes text is trained."""
+        return bool(self.names) and self.parts.paints_only(self.names)
+
+    def weights(self) -> Any:
+        """An adapter's arrays, or those of the modules that are not always frozen."""
+        model = self.loaded.model
+        if self.names:
+            return tree_unflatten(list(flat_trained(model, self.names).items()))
+        return {k: v for k, v in model.parameters().items() if k not in self.parts.frozen}
+
+    @contextmanager
+    def teaching(self) -> Iterator[PictureFamily]:
+        """Inside, the model that is distilled."""
+        assert self.teacher is not None
+        self.gate.off = True
+        try:
+            yield self.teacher.pictures
+        finally:
+            self.gate.off = False
+
+    def save(self, folder: Path, model: Any, tokenizer: Tokenizer, extra: Mapping[str, Any] | None) -> object:
+        """Write an adapter, or the whole model, into a folder that `load` reads. Raises UserError."""
+        if not self.names:
+            return save_model(folder, model, tokenizer, {**self._kept(), **(extra or {})})
+        assert self.config.adapter is not None
+        assert self.config.start is not None
+        spec = self.config.adapter
+        config = lora.AdapterConfig(
+            model=base_name(self.config.start, folder),
+            lora_parameters=lora.LoraParameters(spec.rank, spec.scale, tuple(self.names)),
+            model_fingerprint=self.loaded.fingerprint,
+            fine_tune_type=spec.type,
+            objective=(extra or {}).get("objective"),
+        )
+        return write_adapter(folder, flat_trained(model, self.names), config)
+
+    def read(self, folder: Path) -> Any:
+        """What `save` wrote, as the tree of what is trained."""
+        if self.names:
+            return tree_unflatten(list(read_safetensors(lora.adapter_file(folder)).items()))
+        return read_model(folder)
+
+    def _kept(self) -> dict[str, Any]:
+        """The tables of config.json that a model keeps when its weights change."""
+        lost = ("quantization", "quantization_config", "training", "objective")
+        return {k: v for k, v in self.loaded.extra.items() if k not in lost}
+
+
+def family_run(config: TrainConfig) -> FamilyRun | None:
+    """The run of a config that starts from a model of another family; None where it starts from none.
+
+    Raises UserError for what such models cannot be trained with.
+    """
+    start = config.start
+    if start is None:
+        return None
+    if config.model is not None and not Path(start).is_dir():
+        return None  # a run of our own family goes on without the model that it began with
+    kind = read_config(resolve(start))[0].model_type
+    if kind not in PARTS:
+        return None
+    _check(config, kind)
+    loaded = load(start, dtype=mx.bfloat16 if config.dtype == "bfloat16" else mx.float32)
+    if is_adapter(loaded.path) or read_objective(loaded.extra, loaded.name).consistency:
+        raise UserError(
+            f"model {loaded.name} is a student or an adapter: start from the diffusion model it came from, or fuse "
+            "it first"
+        )
+    gate, names = Gate(), []
+    if config.adapter is not None:
+        names = _insert(loaded, with_targets(config.adapter, kind), config.seed, gate)
+    return FamilyRun(loaded, _teacher(config, loaded, bool(names)), config, PARTS[kind], names, gate)
+
+
+def _check(config: TrainConfig, kind: str) -> None:
+    c = config.consistency
+    wrong = {
+        "[model]: a converted model has the sizes of its folder": config.model is not None,
+        'consistency.student "painter": give an [adapter] table': c is not None and c.student == "painter",
+        "consistency.guidance_range: give one guidance": c is not None and c.guidance_range is not None,
+        "consistency.adaptive_weight": c is not None and c.adaptive_weight,
+        'dtype "bfloat16" without [adapter]': config.dtype != "float32" and config.adapter is None,
+        "data.latents: pictures are encoded by the model": bool(config.data.latents),
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(f"training config: a {kind} model is not trained with {what}; leave it out")
+
+
+def _insert(loaded: Loaded, spec: AdapterTraining, seed: int, gate: Gate) -> list[str]:
+    """Put adapters into the model, over quantised matrices where the spec asks for that; returns their layers."""
+    model, kind = loaded.model, loaded.config.model_type
+    names = targets(model, spec)
+    if spec.modality == "image" and not PARTS[kind].paints_only(names):
+        other = next(name for name in names if not PARTS[kind].paints_only([name]))
+        raise UserError(
+            f"an image-only adapter of a {kind} model cannot have {other}, which text passes too: choose among "
+            f"{', '.join(PARTS[kind].painting)}"
+        )
+    if spec.quantize is not None:
+        widths = {n: m.weight.shape[-1] for n, m in model.named_modules() if n in names}
+        group = next((g for g in GROUPS if any(w % g == 0 for w in widths.values())), None)
+        if group is None:
+            raise UserError(
+                f"model {loaded.name}: no layer's width divides into groups of {GROUPS[-1]}: leave out the "
+                "quantisation"
+            )
+        nn.quantize(model, group, spec.quantize, class_predicate=lambda n, _: widths.get(n, 1) % group == 0)
+    return insert(model, spec, seed, gate)
+
+
+def _teacher(config: TrainConfig, loaded: Loaded, adapted: bool) -> Loaded | None:
+    c = config.consistency
+    if c is None or c.teacher is None:
+        return None
+    if adapted:
+        if resolve(c.teacher) != resolve(config.start):
+            raise UserError(
+                f"teacher {c.teacher}: a student with an [adapter] starts from its teacher: leave out init"
+            )
+        return loaded
+    teacher = load(c.teacher, dtype=mx.float32)
+    if teacher.config != loaded.config or read_objective(teacher.extra, teacher.name).consistency:
+        raise UserError(
+            f"teacher {teacher.name}: expected a diffusion model of the same config as the student's start"
+        )
+    return teacher
