@@ -10,6 +10,7 @@ import numpy as np
 from mlx_transfusion.bench.measure import Case
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.family import PictureFamily
+from mlx_transfusion.objective import TOKENS
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings
 from mlx_transfusion.text_to_image import generate_images
 
@@ -68,6 +69,8 @@ def _ways(loaded: Loaded) -> dict[str, GenerationSettings]:
     """Labels and settings, the model's own first."""
     own = DEFAULTS.for_model(loaded.extra, loaded.name)
     guided = "" if own.guidance == 1 else ", guided"
+    if own.sampler == TOKENS:
+        return {f"{own.steps} tokens{guided}": DEFAULTS}
     ways = {f"{own.steps} steps {own.sampler}{guided}": DEFAULTS}
     if own.sampler == "consistency":
         return ways | {"1 step": GenerationSettings(steps=1)}
