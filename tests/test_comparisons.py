@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from autoencoder_tools import randomize
 from PIL import Image
 from tiny_evaluation import TOML, write_evaluation
 
+from mlx_transfusion.autoencoder.folder import load_autoencoder, save_autoencoder
+from mlx_transfusion.autoencoder.latents import write_cache
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.evaluation.config import load_config
+from mlx_transfusion.models.autoencoder_config import AutoencoderConfig, QuantizerConfig
+from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import load_train_config
+from mlx_transfusion.training.rows import Source, load_rows
 
 FOLDER = Path(__file__).parent.parent / "examples" / "comparisons"
 BASE = """
@@ -28,6 +34,7 @@ batch_size = 4
 sequence_length = 48
 log_every = 1
 save_every = 1
+compile = false
 
 [model]
 hidden_size = 16
@@ -271,3 +278,30 @@ def test_a_table_of_two_families(tools: Any, tmp_path: Path) -> None:
     assert text.count("theirs 1 ") == 1
     with Image.open(tmp_path / "scaling.png") as picture:
         assert picture.size[0] > 400
+
+
+def test_a_model_of_codes_is_measured(tools: Any, example: Path) -> None:
+    """A variant with a base of its own; what only a diffusion model has is left out."""
+    model = AutoencoderVQ(
+        AutoencoderConfig(
+            block_out_channels=(8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=16,
+            quantizer=QuantizerConfig(8),
+        )
+    )  # fmt: skip
+    randomize(model)
+    save_autoencoder(example / "vq", model)
+    source = Source(example / "data/pairs/train.jsonl", example / "data/pairs/train.tar")
+    refs = [s for row in load_rows(source).rows for s in row.segments if not isinstance(s, str)]
+    write_cache(example / "codes.safetensors", load_autoencoder(example / "vq"), refs, 16)
+    text = BASE.replace("[model]", '[model]\nmodel_type = "discrete"\ncodebook_size = 8')
+    text = text.replace("patch_size = 8\ntime_frequencies = 4\n", "")
+    text = text.replace("image_height = 16\nimage_width = 16", "image_height = 4\nimage_width = 4")
+    latents = '[data]\nlatents = ["codes.safetensors"]\nautoencoder = "vq"\n\n[[data.train]]'
+    (example / "discrete.toml").write_text(text.replace("[[data.train]]", latents, 1))
+    (example / "variants/codes.toml").write_text('base = "discrete.toml"\nbudget_gflop = 0.002\n')
+    run = tools.plan_runs.plan_run("codes", 0, tools.plan_runs.read_plan(example), example / "runs", example)
+    assert run.gflop == pytest.approx(0.002, rel=0.5)
+    tools.run_tables.finish(run, example, MeanColours(), example, example / "kept.npz")
+    measures = json.loads((example / "codes-seed0.json").read_text())["measures"]
+    assert set(measures) == set(tools.measure_run.MEASURES) - {"velocity", "picture"}
+    assert len(measures["caption"]["values"]) == 5

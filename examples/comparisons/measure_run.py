@@ -13,7 +13,7 @@ import numpy as np
 from mlx_transfusion.evaluation.array_file import ArrayFile, array_name
 from mlx_transfusion.evaluation.cider import cider_d
 from mlx_transfusion.evaluation.config import EvaluationConfig
-from mlx_transfusion.evaluation.data import choose, load_pairs, load_texts
+from mlx_transfusion.evaluation.data import choose, load_texts, read_pairs
 from mlx_transfusion.evaluation.denoising import BUCKET_EDGES, denoising_errors
 from mlx_transfusion.evaluation.describing import describe_pictures
 from mlx_transfusion.evaluation.distances import frechet, kernel_distance
@@ -22,6 +22,8 @@ from mlx_transfusion.evaluation.measures import encode
 from mlx_transfusion.evaluation.perplexity import described_document, score_documents, text_document
 from mlx_transfusion.evaluation.retrieval import retrieve_captions, retrieve_pictures
 from mlx_transfusion.model_io import Loaded
+from mlx_transfusion.models.discrete import Discrete
+from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.text_to_image import generate_images
 
 VELOCITY_ANGLES = (0.25, 1.45)
@@ -63,36 +65,36 @@ def measure(loaded: Loaded, config: EvaluationConfig, extractor: FeatureExtracto
 
 
 def _losses(loaded: Loaded, config: EvaluationConfig) -> Result:
-    """Errors of velocity and picture with the caption in front, and the caption's loss behind the clean picture."""
-    model, c = loaded.transfusion, loaded.transfusion.config
-    pairs = load_pairs(config, config.val, c)
+    """The caption's loss behind the clean picture; of a diffusion model the picture's errors behind its caption."""
+    model = loaded.trainable
+    c = model.config
+    pairs = read_pairs(config, config.val, *model.picture_size)
     chosen = choose(len(pairs), config.counts.losses, config.seed, "losses")
     patches = encode(loaded, pairs.pixels[chosen])
     ids = [loaded.tokenizer.encode(pairs.captions[i]) for i in chosen]
+    after = score_documents(model, [described_document(t, k, c) for k, t in enumerate(ids)], patches)
+    caption = {"caption": _items(after.nats / after.tokens, after.tokens)}
+    if isinstance(model, Discrete):
+        return caption
     captioned = [[c.bos_token_id, *i, c.boi_token_id] for i in ids]
     velocity, picture = denoising_errors(model, captioned, patches, seed=config.seed)
     low, high = (BUCKET_EDGES.index(a) for a in VELOCITY_ANGLES)
-    after = score_documents(model, [described_document(t, k, c) for k, t in enumerate(ids)], patches)
-    return {
-        "velocity": _items(velocity[:, low:high].mean(1)),
-        "picture": _items(picture[:, -1]),
-        "caption": _items(after.nats / after.tokens, after.tokens),
-    }
+    return caption | {"velocity": _items(velocity[:, low:high].mean(1)), "picture": _items(picture[:, -1])}
 
 
 def _text(loaded: Loaded, config: EvaluationConfig) -> Result:
+    model = loaded.trainable
     texts = load_texts(config, config.val_texts, config.counts.texts)
-    documents = [text_document(loaded.tokenizer.encode(t), loaded.transfusion.config) for t in texts]
-    scores = score_documents(loaded.transfusion, documents)
+    scores = score_documents(model, [text_document(loaded.tokenizer.encode(t), model.config) for t in texts])
     return {"text": _items(scores.nats / scores.tokens, scores.tokens)}
 
 
 def _pictures(loaded: Loaded, config: EvaluationConfig, extractor: FeatureExtractor, kept: Path) -> Result:
     """Captions painted, as a set and one by one; pictures described."""
-    c = loaded.transfusion.config
-    val, train = load_pairs(config, config.val, c), load_pairs(config, config.train, c)
+    size = loaded.trainable.picture_size
+    val, train = read_pairs(config, config.val, *size), read_pairs(config, config.train, *size)
     chosen = choose(len(val), config.counts.pictures, config.seed, "pictures")
-    settings = config.generation.for_model(loaded.extra, loaded.name)
+    settings = painting(loaded, config.generation).for_model(loaded.extra, loaded.name)
     made = generate_images(
         loaded, [val.captions[i] for i in chosen], [config.seed + int(i) for i in chosen], settings
     )
@@ -113,6 +115,13 @@ def _pictures(loaded: Loaded, config: EvaluationConfig, extractor: FeatureExtrac
     }
 
 
+def painting(loaded: Loaded, generation: GenerationSettings) -> GenerationSettings:
+    """The settings of evaluate.toml; a model that writes its pictures token by token has no sampler and steps."""
+    if isinstance(loaded.trainable, Discrete):
+        return dataclasses.replace(generation, sampler=None, steps=None)
+    return generation
+
+
 def _real_features(pixels: np.ndarray, extractor: FeatureExtractor, kept: Path) -> np.ndarray:
     name = array_name("features", {"extractor": extractor.fingerprint}, pixels)
     return ArrayFile(kept).get(name, lambda: extract(extractor, pixels))
@@ -122,9 +131,3 @@ def _items(values: np.ndarray, weights: Sequence[int] | np.ndarray | None = None
     """Rounded, for files that people may read."""
     out: dict[str, Any] = {"values": [float(f"{v:.5g}") for v in values]}
     return out if weights is None else out | {"weights": [int(w) for w in weights]}
-
-
-def small(config: EvaluationConfig, count: int) -> EvaluationConfig:
-    """The same with at most `count` items of each kind."""
-    counts = {f.name: min(count, getattr(config.counts, f.name)) for f in dataclasses.fields(config.counts)}
-    return dataclasses.replace(config, counts=dataclasses.replace(config.counts, **counts))

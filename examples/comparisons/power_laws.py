@@ -74,11 +74,13 @@ def parity_interval(
     Draws that hold fewer than two budgets, or whose law has no positive ratio, are left out.
     """
     found = []
+    draws = [
+        noise.integers(0, k, len(x), (SAMPLES, len(x)), "comparisons/parity")
+        for k, (x, _) in enumerate((ours, theirs))
+    ]
+    points = [(np.array(x, float), np.array(y, float)) for x, y in (ours, theirs)]
     for sample in range(SAMPLES):
-        parts = []
-        for k, (x, y) in enumerate((ours, theirs)):
-            rows = noise.integers(sample, k, len(x), (len(x),), "comparisons/parity")
-            parts.append((np.array(x, float)[rows], np.array(y, float)[rows]))
+        parts = [(x[rows[sample]], y[rows[sample]]) for (x, y), rows in zip(points, draws, strict=True)]
         if all(len(np.unique(x)) > 1 for x, _ in parts):
             budget = max(theirs[0])
             law, other = fit(*parts[0]), fit(*parts[1])
