@@ -126,7 +126,7 @@ def test_a_table_end_to_end(tools: Any, example: Path, monkeypatch: pytest.Monke
     assert set(first["measures"]) == set(tools.measure_run.MEASURES)
     for name in ("velocity", "picture", "caption", "description", "retrieval"):
         assert len(first["measures"][name]["values"]) == 5
-    assert "serving" not in [f.stem for f in results.iterdir()], "not before all seeds are there"
+    assert (results / "tiny-serving.json").exists()
 
     trained: list[str] = []
     train = tools.run_tables.train
@@ -177,13 +177,18 @@ def test_an_interrupted_run_goes_on(tools: Any, example: Path, monkeypatch: pyte
 
 def test_results_of_other_settings_are_refused(tools: Any, example: Path) -> None:
     plan = tools.plan_runs.read_plan(example)
-    run = tools.plan_runs.plan_run("few", 0, plan, example, example)
-    tools.run_tables.write(example / "few-seed0.json", {"set": ["steps=7", "seed=0"]})
-    with pytest.raises(UserError, match="was trained with steps=7 seed=0, and the files say steps="):
-        tools.run_tables._finished(run, example)
+    found = {"budget_gflop": plan.budget_gflop, "set": ["steps=7", "seed=0"]}
+    tools.run_tables.write(example / "few-seed0.json", found)
+    assert tools.run_tables.read_result("few", 0, plan, example, example) == found
+    assert tools.run_tables.read_result("few", 1, plan, example, example) is None
+    tools.run_tables.write(example / "few-seed0.json", found | {"budget_gflop": 7.0})
+    with pytest.raises(
+        UserError, match=r"was trained with budget_gflop=7\.0 steps=7 seed=0, and the files say"
+    ):
+        tools.run_tables.read_result("few", 0, plan, example, example)
     (example / "few-seed0.json").write_text("{")
     with pytest.raises(UserError, match="delete it and run again"):
-        tools.run_tables._finished(run, example)
+        tools.run_tables.read_result("few", 0, plan, example, example)
     with pytest.raises(UserError, match='variant "none" is unknown'):
         tools.plan_runs.plan_run("none", 0, plan, example, example)
     with pytest.raises(UserError, match='table "none" is unknown, expected one of tiny'):

@@ -93,10 +93,10 @@ def _panel(draw: ImageDraw.ImageDraw, left: int, title: str, families: Mapping[s
         return left + across * (PANEL - 14), TITLE + (1 - up) * HEIGHT
 
     draw.rectangle([left, TITLE, left + PANEL - 14, TITLE + HEIGHT], outline=GREY)
-    for x in (min(xs), max(xs)):
-        draw.text((place(x, ys[0])[0], TITLE + HEIGHT + 4), f"{x:.3g} GFLOP", BLACK, anchor="mt")
-    for y in (min(ys), max(ys)):
-        draw.text((left - 4, place(xs[0], y)[1]), f"{y:.3g}", BLACK, anchor="rm")
+    for end in (min(xs), max(xs)):
+        draw.text((place(end, ys[0])[0], TITLE + HEIGHT + 4), f"{end:.3g} GFLOP", BLACK, anchor="mt")
+    for end in (min(ys), max(ys)):
+        draw.text((left - 4, place(xs[0], end)[1]), f"{end:.3g}", BLACK, anchor="rm")
     for i, ((name, (x, y)), colour) in enumerate(zip(families.items(), COLOURS, strict=False)):
         for point in zip(x, y, strict=True):
             at = place(*point)

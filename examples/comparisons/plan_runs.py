@@ -80,9 +80,10 @@ class Run:
     sets: tuple[str, ...]
     """What `mlx-transfusion train BASE --set` takes to repeat it."""
     config: TrainConfig
-    model: ModelConfig | DiscreteConfig
+    budget: float
+    """Operations it may take, in 1e9."""
     gflop: float
-    """Of the whole run."""
+    """Operations it takes: those of a whole number of steps."""
 
     @property
     def name(self) -> str:
@@ -117,12 +118,12 @@ def plan_run(variant: str, seed: int, plan: Plan, output: Path, folder: Path = F
     """
     found = read_variant(variant, folder)
     config = load_train_config(found.base, list(found.sets))
-    model, gflop = _step_cost(found.base, found.sets)
-    steps = max(1, round((found.budget_gflop or plan.budget_gflop) / gflop))
+    budget, gflop = found.budget_gflop or plan.budget_gflop, _step_gflop(found.base, found.sets)
+    steps = max(1, round(budget / gflop))
     sets = (*found.sets, f"steps={steps}", f"seed={seed}")
     name = output / f"{variant}-seed{seed}"
     config = dataclasses.replace(config, steps=steps, seed=seed, output=str(name))
-    return Run(variant, seed, found.base, sets, config, model, gflop * config.steps)
+    return Run(variant, seed, found.base, sets, config, budget, gflop * steps)
 
 
 def read_variant(variant: str, folder: Path = FOLDER) -> Variant:
@@ -142,11 +143,17 @@ def runs_of(table: Table, plan: Plan, output: Path, folder: Path = FOLDER) -> It
             yield plan_run(row.variant, seed, plan, output, folder)
 
 
+def model_of(variant: str, folder: Path = FOLDER) -> ModelConfig | DiscreteConfig:
+    """The model that a variant trains. Raises UserError as `plan_run`."""
+    found = read_variant(variant, folder)
+    config = load_train_config(found.base, list(found.sets))
+    return run_shape(config, Tokenizer.load(config.tokenizer))
+
+
 @cache
-def _step_cost(base: Path, sets: tuple[str, ...]) -> tuple[ModelConfig | DiscreteConfig, float]:
-    """The model, and the operations in 1e9 of a mean step: what is padding or hidden by the mask does not count."""
-    config = load_train_config(base, list(sets))
-    return run_shape(config, Tokenizer.load(config.tokenizer)), mean_step_flops(config) / 1e9
+def _step_gflop(base: Path, sets: tuple[str, ...]) -> float:
+    """Operations in 1e9 of a mean step: what is padding or hidden by the mask does not count."""
+    return mean_step_flops(load_train_config(base, list(sets))) / 1e9
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

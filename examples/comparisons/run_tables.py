@@ -20,7 +20,19 @@ import draw_scaling
 import draw_table
 import serving_speed
 from measure_run import measure
-from plan_runs import FOLDER, Plan, Run, Table, plan_run, read_plan, read_table, runs_of, table_names
+from plan_runs import (
+    FOLDER,
+    Plan,
+    Run,
+    Table,
+    model_of,
+    plan_run,
+    read_plan,
+    read_table,
+    read_variant,
+    runs_of,
+    table_names,
+)
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
@@ -55,12 +67,12 @@ def run_tables(
     for path in (output, results):
         path.mkdir(parents=True, exist_ok=True)
     for seed in plan.seeds:
-        for table in tables.values():
-            for run in runs_of(table, replace(plan, seeds=(seed,)), output, folder):
-                if _finished(run, results) is None:
-                    finish(run, results, extractor or default_extractor(), folder, output / "features.npz")
-                    draw(tables, plan, output, results, folder)
-    draw(tables, plan, output, results, folder)
+        for variant in dict.fromkeys(row.variant for table in tables.values() for row in table.rows):
+            if read_result(variant, seed, plan, results, folder) is None:
+                run = plan_run(variant, seed, plan, output, folder)
+                finish(run, results, extractor or default_extractor(), folder, output / "features.npz")
+                draw(tables, plan, results, folder)
+    draw(tables, plan, results, folder)
 
 
 def finish(run: Run, results: Path, extractor: FeatureExtractor, folder: Path, kept: Path) -> None:
@@ -76,6 +88,7 @@ def finish(run: Run, results: Path, extractor: FeatureExtractor, folder: Path, k
     result = {
         "variant": run.variant,
         "seed": run.seed,
+        "budget_gflop": run.budget,
         "set": list(run.sets),
         "steps": run.config.steps,
         "gflop": float(f"{run.gflop:.5g}"),
@@ -89,30 +102,30 @@ def finish(run: Run, results: Path, extractor: FeatureExtractor, folder: Path, k
     write(results / f"{run.name}.json", result)
 
 
-def draw(tables: dict[str, Table], plan: Plan, output: Path, results: Path, folder: Path = FOLDER) -> None:
+def draw(tables: dict[str, Table], plan: Plan, results: Path, folder: Path = FOLDER) -> None:
     """Write the table and the figure of what is finished."""
     for name, table in tables.items():
-        found: dict[str, list[dict[str, Any]]] = {row.variant: [] for row in table.rows}
-        for run in runs_of(table, plan, output, folder):
-            if (result := _finished(run, results)) is not None:
-                found[run.variant].append(result)
+        found = {}
+        for variant in (row.variant for row in table.rows):
+            of_seeds = [read_result(variant, seed, plan, results, folder) for seed in plan.seeds]
+            found[variant] = [result for result in of_seeds if result is not None]
         if table.paper_ratios:
             draw_scaling.save(table, name, found, results)
             continue
         below = ""
-        if table.serving and all(len(found[row.variant]) == len(plan.seeds) for row in table.rows):
-            below = _serving(name, table, plan, output, results, folder)
+        if table.serving and all(found[row.variant] for row in table.rows):
+            below = _serving(name, table, plan, results, folder)
         draw_table.save(table, name, found, results, below)
 
 
-def _serving(name: str, table: Table, plan: Plan, output: Path, results: Path, folder: Path) -> str:
+def _serving(name: str, table: Table, plan: Plan, results: Path, folder: Path) -> str:
     """The table of painting speed, measured once."""
     file = results / f"{name}-{SERVING}.json"
     config = load_config(folder / "evaluate.toml")
-    runs = {row.variant: plan_run(row.variant, plan.seeds[0], plan, output, folder) for row in table.rows}
     settings = config.generation
     if not file.exists():
-        models = {v: run.model for v, run in runs.items() if isinstance(run.model, ModelConfig)}
+        shapes = {row.variant: model_of(row.variant, folder) for row in table.rows}
+        models = {variant: shape for variant, shape in shapes.items() if isinstance(shape, ModelConfig)}
         write(file, serving_speed.painting_seconds(models, settings))
     seconds = {
         variant: {int(n): values for n, values in by_count.items()}
@@ -123,19 +136,23 @@ def _serving(name: str, table: Table, plan: Plan, output: Path, results: Path, f
     )
 
 
-def _finished(run: Run, results: Path) -> dict[str, Any] | None:
-    """The run's result, None if it has none yet. Raises UserError when it was trained with other settings."""
-    file = results / f"{run.name}.json"
+def read_result(
+    variant: str, seed: int, plan: Plan, results: Path, folder: Path = FOLDER
+) -> dict[str, Any] | None:
+    """The result of a run, None if it has none yet. Raises UserError when it was trained with other settings."""
+    file = results / f"{variant}-seed{seed}.json"
     if not file.exists():
         return None
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found = result["set"]
+        found = [f"budget_gflop={result['budget_gflop']}", *result["set"]]
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{file}: no result of a run, or damaged: delete it and run again") from error
-    if found != list(run.sets):
+    now = read_variant(variant, folder)
+    wanted = [f"budget_gflop={now.budget_gflop or plan.budget_gflop}", *now.sets, f"seed={seed}"]
+    if [s for s in found if not s.startswith("steps=")] != wanted:
         raise UserError(
-            f"{file}: was trained with {' '.join(found)}, and the files say {' '.join(run.sets)}: delete it or "
+            f"{file}: was trained with {' '.join(found)}, and the files say {' '.join(wanted)}: delete it or "
             "choose another folder for --results"
         )
     return result
@@ -162,16 +179,15 @@ def _json(data: dict[str, Any], depth: int = 0) -> str:
     return "{\n" + ",\n".join(items) + f"\n{pad}}}"
 
 
-def show_plan(names: Sequence[str], output: Path, results: Path) -> None:
+def show_plan(names: Sequence[str], plan: Plan, output: Path, results: Path) -> None:
     """What would run: steps, operations, and the command that repeats it by hand."""
-    plan = read_plan()
     seen = set()
     for name in names:
         for run in runs_of(read_table(name), plan, output):
             if run.name in seen:
                 continue
             seen.add(run.name)
-            state = "finished" if _finished(run, results) is not None else "to do"
+            state = "to do" if read_result(run.variant, run.seed, plan, results) is None else "finished"
             sets = " ".join(f"--set '{s}'" for s in run.sets)
             print(f"{run.name}: {state}, {run.config.steps} steps, {run.gflop:.0f} GFLOP")
             print(f"  mlx-transfusion train {run.base} {sets} --set output={run.config.output}")
@@ -194,7 +210,9 @@ def main() -> int:
     results = given.results or given.output / "results"
     try:
         if given.plan:
-            show_plan(names, given.output, results)
+            plan = read_plan()
+            plan = plan if given.seeds is None else replace(plan, seeds=tuple(given.seeds))
+            show_plan(names, plan, given.output, results)
         else:
             run_tables(names, given.output, results, seeds=given.seeds)
     except UserError as error:
