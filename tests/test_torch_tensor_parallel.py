@@ -1,4 +1,4 @@
-"""Tensor parallelism over gloo: two processes, and two by two with FSDP2, train what one process trains."""
+"""Tensor parallelism over gloo, also two by two with FSDP2, and hybrid sharding train what one process trains."""
 
 from __future__ import annotations
 
@@ -63,14 +63,19 @@ def as_if_killed(run: Path, output: Path) -> Path:
 def runs(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One process; two that share every block; two pairs from the first one's checkpoint; one from the pair's.
 
-    "poisoned" are two that do not share, and one of them finds two losses that are not finite.
+    "copies" are two that share nothing (hybrid sharding); of the "poisoned" one finds two losses that are not finite.
     """
     folder = tmp_path_factory.mktemp("runs")
     last = {"one": on_one(toml, folder / "one")}
     as_if_killed(folder / "one", folder / "four")
     jobs = []
-    for name, count, tensor, before in (("two", 2, 2, ""), ("four", 4, 2, ""), ("poisoned", 2, 1, POISON)):
-        flags = ["--tensor", str(tensor), "--peak-flops", "1e9"]
+    for name, count, flags, before in (
+        ("two", 2, ["--tensor", "2"], ""),
+        ("four", 4, ["--tensor", "2"], ""),
+        ("copies", 2, ["--replicas", "2"], ""),
+        ("poisoned", 2, [], POISON),
+    ):
+        flags += ["--peak-flops", "1e9"]
         jobs.append(job(toml, folder / name, count, *CHANGES, flags=flags, before=before))
         last[name] = folder / name / "torch/step-00000006"
     finish(start(*jobs))
@@ -82,7 +87,9 @@ def lines(checkpoint: Path) -> list[dict[str, Any]]:
     return [json.loads(s) for s in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "before", "after"), [("two", 2, 2), ("four", 1, 4), ("back", 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "before", "after"), [("two", 2, 2), ("four", 1, 4), ("back", 2, 1), ("copies", 2, 2)]
+)
 def test_as_one_process(name: str, before: int, after: int, runs: dict[str, Path], tmp_path: Path) -> None:
     """before, after: processes of steps 1 to 3, and of 4 to 6."""
     for a, b in zip(lines(runs["one"]), lines(runs[name]), strict=True):
