@@ -50,7 +50,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ OURS = {
 """Our peers; the first one is held to the goals."""
 SECTIONS = ("transfusion", "matmul", "student", "prefix", "text", "diffusers", "start", "data", "memory")
 ONCE = ("text", "memory")
-"""What takes long is measured in the first round alone; text_decode.py has rounds of its own."""
+"""What takes long is measured in the first round alone; text_decode.py takes turns of its own."""
 LIMIT = 300
 """Seconds after which a worker counts as failed."""
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
@@ -189,26 +188,20 @@ def text(options: argparse.Namespace) -> dict[str, Any]:
     if options.gguf is None:
         return {"error": "text decode needs --gguf"}
     say("  text")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "text.json"
-        command = [
-            sys.executable, str(HERE / "text_decode.py"), str(options.gguf), "--rounds", "1", "--tokens", "48",
-            "--prompt-tokens", "128", "--peer-python", options.peer_python, "--output", str(file),
-        ]  # fmt: skip
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(options.threads))
-        try:
-            subprocess.run(command, env=environment, capture_output=True, check=True, timeout=LIMIT)
-            found = json.loads(file.read_text())
-        except (subprocess.SubprocessError, OSError, ValueError) as error:
-            return {"error": f"text_decode.py: {error}"}
-    return {kind: text_ratios(rounds) for kind, rounds in found.items()}
+    command = [
+        sys.executable, str(HERE / "text_decode.py"), str(options.gguf), "--json", "--rounds", "2", "--tokens", "48",
+        "--prompt-tokens", "128", "--peer-python", options.peer_python,
+    ]  # fmt: skip
+    return text_ratios(attempt(command, options.threads))
 
 
-def text_ratios(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, list[float]]:
-    """Of every round of text_decode.py."""
+def text_ratios(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what text_decode.py prints: for each kind of weights {"decode": [ratio], "gain of 8": [ratio]}."""
+    if "error" in found:
+        return found
     return {
-        "decode": [r["ours"]["decode"] / r["theirs"]["decode"] for r in rounds],
-        "gain of 8": [r["ours"]["batch of 8"] / r["ours"]["decode"] for r in rounds],
+        kind: {"decode": [r["measures"]["decode"]["ratio"]], "gain of 8": [r["batch gain"]]}
+        for kind, r in found.items()
     }
 
 

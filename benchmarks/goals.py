@@ -140,7 +140,7 @@ GOALS = (
     Goal("the same, upper bound", lambda r: value(r, "memory", "estimate"), 1.2, at_most=True),
     Goal("growth of arrays, 1,000 steps and 200 pictures",
          worst(["1000 steps, arrays", "200 pictures, arrays"]), 1, at_most=True, unit="%"),
-    Goal("growth of the process's peak, 1,000 steps and 200 pictures",
+    Goal("growth of the process, 1,000 steps and 200 pictures",
          worst(["1000 steps, process", "200 pictures, process"]), 1, at_most=True, unit="%"),
 )  # fmt: skip
 

@@ -65,8 +65,3 @@ def split(rows: int, tokens: int) -> list[tuple[mx.Stream, slice]]:
         return []
     ends = [rows * i // count for i in range(count + 1)]
     return [(s, slice(ends[i], ends[i + 1])) for i, s in enumerate(_streams.first(count))]
-
-
-def stream(index: int) -> mx.StreamContext:
-    """The stream of independent piece of work number `index`, to be used in a `with`."""
-    return mx.stream(_streams.first(_streams.open)[index % _streams.open])
