@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
+from mlx_transfusion.picture_sizes import Size, named
 
 T = TypeVar("T")
 _POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -44,6 +46,8 @@ class ModelConfig:
     image_height: int = 32
     """Height of the latent (or pixel) image in elements."""
     image_width: int = 32
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """[height, width] of further pictures that the model learns; needs patch_positions "coordinates"."""
     image_channels: int = 3
     patch_size: int = 8
     patch_encoder: str = "linear"
@@ -56,7 +60,8 @@ class ModelConfig:
     """What a patch sees of its own picture: "bidirectional" (all of it, the paper) or "causal" (the patches before
     it: the ablation of arXiv 2408.11039, table 5)."""
     patch_positions: str = "none"
-    """"none" (the paper: raster order through RoPE alone) or "learned" (one added vector per patch place)."""
+    """"none" (the paper: raster order through RoPE alone), "learned" (one added vector per patch place) or
+    "coordinates" (added, from each patch's distances to the four edges: for pictures of any size)."""
     patch_skip: bool = False
     """Add the noisy patch, times a gain that depends on the angle, to the decoder's output (off in the paper)."""
     painter: bool = False
@@ -86,15 +91,11 @@ class ModelConfig:
         one_of("hidden_act", self.hidden_act, ("silu", "relu"))
         one_of("prediction", self.prediction, ("epsilon", "velocity"))
         one_of("image_attention", self.image_attention, ("bidirectional", "causal"))
-        one_of("patch_positions", self.patch_positions, ("none", "learned"))
+        one_of("patch_positions", self.patch_positions, ("none", "learned", "coordinates"))
         one_of("patch_encoder", self.patch_encoder, ("linear", "unet"))
         check_positive(self, "model config", _POSITIVE)
         check_heads(self)
-        if self.image_height % self.patch_size or self.image_width % self.patch_size:
-            raise UserError(
-                f"model config: image {self.image_width}x{self.image_height} cannot be cut into patches of "
-                f"{self.patch_size}; choose a patch_size that divides both"
-            )
+        self._check_sizes()
         if self.patch_encoder == "unet":
             self._check_unet()
         check_special_ids(self, self.vocab_size)
@@ -102,6 +103,21 @@ class ModelConfig:
             raise UserError(
                 f"model config: image_mean has {len(self.image_mean)} values, expected one for each of the "
                 f"{self.image_channels} channels"
+            )
+
+    def _check_sizes(self) -> None:
+        for height, width in self.sizes:
+            if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
+                raise UserError(
+                    f"model config: image {width}x{height} cannot be cut into patches of {self.patch_size}; "
+                    "choose a patch_size that divides both"
+                )
+        if len(set(self.sizes)) < len(self.sizes):
+            raise UserError(f"model config: image_sizes repeats a size: {named(self.sizes)}")
+        if self.image_sizes and self.patch_positions != "coordinates":
+            raise UserError(
+                f'model config: patch_positions "{self.patch_positions}" cannot tell sizes apart: image_sizes needs '
+                '"coordinates"'
             )
 
     def _check_unet(self) -> None:
@@ -127,9 +143,29 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) in elements of all pictures that the model learns, its own size first."""
+        return (self.image_height, self.image_width), *self.image_sizes
+
+    def grid(self, size: Size | None = None) -> Size:
+        """(rows, columns) of the patches of a picture of (height, width); None: of the model's own size."""
+        height, width = size or self.sizes[0]
+        return height // self.patch_size, width // self.patch_size
+
+    def at_size(self, height: int, width: int) -> ModelConfig:
+        """This model where (height, width), in elements, is its own size; all those that it learnt stay listed.
+
+        Raises UserError for a size that patches do not divide, or that positions do not reach.
+        """
+        if (height, width) == self.sizes[0]:
+            return self
+        others = tuple(size for size in self.sizes if size != (height, width))
+        return dataclasses.replace(self, image_height=height, image_width=width, image_sizes=others)
+
+    @property
     def patches_per_image(self) -> int:
-        """Number of image tokens N of one picture."""
-        return (self.image_height // self.patch_size) * (self.image_width // self.patch_size)
+        """Number of image tokens N of one picture of the model's own size."""
+        return math.prod(self.grid())
 
     @property
     def patch_dim(self) -> int:
@@ -152,13 +188,16 @@ class ModelConfig:
             pad=self.pad_token_id,
             unk=self.unk_token_id,
             banned=(self.pad_token_id, self.bos_token_id, self.unk_token_id, self.eoi_token_id),
-            picture_tokens=self.patches_per_image + 2,
+            picture_tokens=max(math.prod(self.grid(size)) for size in self.sizes) + 2,
             max_position=self.max_position,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for config.json."""
-        return dataclasses.asdict(self) | {"image_mean": list(self.image_mean)}
+        return dataclasses.asdict(self) | {
+            "image_mean": list(self.image_mean),
+            "image_sizes": [list(size) for size in self.image_sizes],
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import groupby
 
 import mlx.core as mx
 import numpy as np
@@ -21,12 +22,13 @@ import numpy as np
 from mlx_transfusion import sampling
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import GeneratedImage, Step
-from mlx_transfusion.images import ImageLike, load_pixels
+from mlx_transfusion.images import ImageLike, load_for
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import PictureFamily
 from mlx_transfusion.objective import TOKENS
 from mlx_transfusion.painting import walk
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.records import image_record
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 from mlx_transfusion.text_to_image import check_pictures, step_reporter, to_uint8
@@ -50,11 +52,15 @@ def edit_images(
     settings: GenerationSettings = DEFAULTS,
     image_guidance: float = IMAGE_GUIDANCE,
     on_step: Callable[[Step], None] | None = None,
+    size: Size | None = None,
 ) -> list[GeneratedImage]:
     """Paint every edit, `settings.batch_size` at a time; `settings.guidance` is s_text of the instruction.
 
-    Raises UserError, before anything is painted, for bad settings, a source that is no picture, an instruction
-    that is empty or too long, and a model that does not read pictures or paint them with guidance.
+    size: (height, width) in pixels of what is painted; None: that of the source as it is read.
+
+    Raises UserError, before anything is painted, for bad settings, a source that is no picture, an instruction that
+    is empty or too long, a size that the model cannot paint, and a model that does not read pictures or paint them
+    with guidance.
     """
     resolved = settings.for_model(loaded.extra, loaded.name)
     check_pictures(loaded)
@@ -63,31 +69,48 @@ def edit_images(
             f"model {loaded.name} writes its pictures as tokens, and an edit needs a diffusion model"
         )
     check_image_guidance(loaded, resolved, image_guidance)
-    sources = [load_pixels(edit.source, *loaded.pictures.input_size) for edit in edits]
+    sources = [load_for(loaded.pictures, edit.source) for edit in edits]
     instructions = [_instruction(loaded, edit.instruction) for edit in edits]
     done: list[GeneratedImage] = []
-    for at in range(0, len(edits), resolved.batch_size):
-        rows = range(at, min(at + resolved.batch_size, len(edits)))
+    targets = [_target(loaded.pictures, source, size) for source in sources]
+    painters = {target: loaded.at_size(target[1], target[0]) for target in dict.fromkeys(targets)}
+    for target, rows in _batches(targets, resolved.batch_size):
+        painter = painters[target]
         start = time.perf_counter()
         documents = [(sources[i], instructions[i]) for i in rows]
-        velocity = _velocity(loaded.pictures, documents, resolved, image_guidance)
-        report = step_reporter(loaded, list(rows), on_step)
+        velocity = _velocity(painter.pictures, documents, resolved, image_guidance)
+        report = step_reporter(painter, rows, on_step)
         patches = walk(
-            loaded.pictures,
+            painter.pictures,
             velocity,
             [edits[i].seed for i in rows],
             resolved,
             callback=report,
             rows=3 * len(rows),
         )
-        pixels = to_uint8(loaded.pictures.decode(patches))
+        pixels = to_uint8(painter.pictures.decode(patches))
         seconds = (time.perf_counter() - start) / len(rows)
         for row, i in enumerate(rows):
             record = image_record(
-                loaded, edits[i].instruction, edits[i].seed, resolved, len(rows), row
+                painter, edits[i].instruction, edits[i].seed, resolved, len(rows), row
             ) | edit_record(sources[i], image_guidance)
             done.append(GeneratedImage(pixels[row], edits[i].instruction, edits[i].seed, i, record, seconds))
     return done
+
+
+def _target(model: PictureFamily, source: np.ndarray, size: Size | None) -> Size:
+    """(height, width) of the new picture: the one asked for, or the source's, of a model that paints several."""
+    if size is not None:
+        return size
+    height, width = source.shape[:2]
+    return (height, width) if len(model.sizes) > 1 else model.picture_size
+
+
+def _batches(targets: Sequence[Size], count: int) -> Iterator[tuple[Size, list[int]]]:
+    """Numbers of edits in their order, at most `count` of one size together."""
+    for target, numbers in groupby(range(len(targets)), key=targets.__getitem__):
+        rows = list(numbers)
+        yield from ((target, rows[at : at + count]) for at in range(0, len(rows), count))
 
 
 def check_image_guidance(loaded: Loaded, settings: ResolvedSettings, image_guidance: float) -> None:

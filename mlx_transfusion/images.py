@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -116,6 +116,28 @@ def load_pixels(image: ImageLike, height: int, width: int, pad: bool = False) ->
     from mlx_transfusion.training.pixels import fit
 
     return fit(picture, height, width)
+
+
+class Reader(Protocol):
+    """A model that reads pictures (models/family.py)."""
+
+    @property
+    def pads_input(self) -> bool:
+        """Whether nothing is cropped."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of what it reads."""
+
+    def reading_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that a picture of that size is brought to."""
+
+
+def load_for(reader: Reader, image: ImageLike) -> np.ndarray:
+    """A user's image as the model reads it: as `load_pixels`, in that of the model's sizes that it belongs to."""
+    picture = _open(image)
+    size = reader.input_size if reader.pads_input else reader.reading_size(picture.height, picture.width)
+    return load_pixels(picture, *size, reader.pads_input)
 
 
 def pad_square(image: Image.Image, size: int, least: int = 14) -> np.ndarray:

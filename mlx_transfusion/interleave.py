@@ -18,7 +18,7 @@ from mlx_transfusion import noise
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Finished, GeneratedImage, Painted, Step, Token
 from mlx_transfusion.greedy import ban, check_choice, is_greedy, likeliest
-from mlx_transfusion.images import ImageLike, load_pixels
+from mlx_transfusion.images import ImageLike, load_for
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import PictureFamily
@@ -84,7 +84,7 @@ def describe(
     question: what a model that was taught to answer is asked; None asks it for a description. Raises UserError when
     the image cannot be read, for a model that does not read images, and for an empty question.
     """
-    pixels = load_pixels(image, *loaded.pictures.input_size, loaded.pictures.pads_input)
+    pixels = load_for(loaded.pictures, image)
     if question is None:
         around = loaded.pictures.describe_prompt()
     elif ids := loaded.tokenizer.encode(question.strip()):
@@ -179,8 +179,7 @@ class _Document:
             return list(segment.ids)
         if isinstance(segment, str):
             return self.loaded.tokenizer.encode(segment)
-        pictures = self.loaded.pictures
-        return load_pixels(segment, *pictures.input_size, pictures.pads_input)
+        return load_for(self.loaded.pictures, segment)
 
     def _check_length(self, parts: list[list[int] | np.ndarray]) -> None:
         longest = self.layout.max_position - 1

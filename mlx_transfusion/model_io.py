@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -86,6 +86,21 @@ class Loaded:
         if not isinstance(self.model, PictureFamily):
             raise UserError(f"model {self.name} only writes text: name a model that paints")
         return self.model
+
+    def at_size(self, width: int, height: int) -> Loaded:
+        """The same model, on the same weights, that paints pictures of that size in pixels.
+
+        Of a model with patch_positions "coordinates" it may be another size than those that it learnt
+        (`PictureFamily.sizes`), with a worse picture. Raises UserError for a size that the model cannot paint.
+        """
+        model = self.pictures.at_size(height, width)
+        if model is self.model:
+            return self
+        out = replace(self, model=model, config=model.config)
+        vars(out).update(
+            {k: v for k, v in vars(self).items() if k == "fingerprint"}
+        )  # where it is known already
+        return out
 
     @property
     def transfusion(self) -> Transfusion:

@@ -48,7 +48,7 @@ Segment = Text | Image
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Arrays of B packed rows of T positions; M images with N patches each; K (padded) text-loss positions."""
+    """Arrays of B packed rows of T positions; M images of S patches in all; K (padded) text-loss positions."""
 
     ids: np.ndarray
     """Token ids, pad id at patches and padding. int32 [B, T]"""
@@ -61,9 +61,9 @@ class PackedBatch:
     position: np.ndarray
     """Position inside the document, 0 in padding. int32 [B, T]"""
     patch_row: np.ndarray
-    """Row of the stacked patches [M*N, P] that a patch position reads, 0 elsewhere. int32 [B, T]"""
+    """Row of the stacked patches [S, P] that a patch position reads, 0 elsewhere. int32 [B, T]"""
     patch_index: np.ndarray
-    """Flat position (row * T + column) of every stacked patch. int32 [M*N]"""
+    """Flat position (row * T + column) of every stacked patch. int32 [S]"""
     text_index: np.ndarray
     """Flat positions whose next token is predicted; padded by 0. int32 [K]"""
     text_target: np.ndarray
@@ -149,6 +149,7 @@ def pack(
     pad_id: int = 0,
     row_multiple: int = 1,
     text_multiple: int = 64,
+    patches: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Pack documents into rows of `row_length` by first fit, and lay them out.
 
@@ -156,8 +157,9 @@ def pack(
     """
     rows = first_fit([length(d) for d in documents], row_length)
     return lay_out(
-        documents, rows, row_length, pad_id=pad_id, row_multiple=row_multiple, text_multiple=text_multiple
-    )
+        documents, rows, row_length, pad_id=pad_id, row_multiple=row_multiple, text_multiple=text_multiple,
+        patches=patches,
+    )  # fmt: skip
 
 
 def lay_out(
@@ -168,12 +170,18 @@ def lay_out(
     pad_id: int = 0,
     row_multiple: int = 1,
     text_multiple: int = 64,
+    patches: Sequence[int] | None = None,
 ) -> PackedBatch:
     """The arrays of documents whose rows are known: `rows` holds their numbers.
 
-    Images must be numbered 0..M-1 by their `index`, each used once, all with the same number of patches.
+    Images must be numbered 0..M-1 by their `index`, each used once. patches: how many each of M stacked pictures has,
+    where more are stacked than are used; an unused one's patches all point at position 0.
     Rows are padded to a multiple of `row_multiple`, text-loss positions to one of `text_multiple`.
     """
+    if patches is None:
+        found = sorted((s.index, s.patches) for d in documents for s in d if isinstance(s, Image))
+        patches = [count for _, count in found]
+    first = np.concatenate([[0], np.cumsum(patches)]).astype(int)  # where each picture's patches begin
     shape = (bucket(len(rows), row_multiple), row_length)
     ids = np.full(shape, pad_id, np.int32)
     modality = np.full(shape, PAD, np.int8)
@@ -192,7 +200,7 @@ def lay_out(
                 if isinstance(segment, Image):
                     modality[r, at:end] = IMAGE
                     image[r, at:end] = segment.index
-                    patch_row[r, at:end] = segment.index * segment.patches + np.arange(segment.patches)
+                    patch_row[r, at:end] = first[segment.index] + np.arange(segment.patches)
                 else:
                     ids[r, at:end] = segment.ids
                     modality[r, at:end] = TEXT
@@ -202,7 +210,7 @@ def lay_out(
             position[r, start:at] = np.arange(at - start)
 
     flat_patch = np.flatnonzero(modality == IMAGE)
-    patch_index = np.zeros(len(flat_patch), np.int32)
+    patch_index = np.zeros(first[-1], np.int32)
     patch_index[patch_row.reshape(-1)[flat_patch]] = flat_patch
     text_index, text_target, text_weight = _text_loss(ids, modality, doc, wanted, text_multiple)
     return PackedBatch(

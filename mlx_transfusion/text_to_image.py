@@ -17,6 +17,7 @@ from mlx_transfusion.model_io import Loaded, attach_autoencoder, build
 from mlx_transfusion.model_path import AUTOENCODER
 from mlx_transfusion.models.family import FamilyConfig, PictureFamily
 from mlx_transfusion.painting import paint
+from mlx_transfusion.picture_sizes import Size, named
 from mlx_transfusion.records import image_record
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings, ResolvedSettings
 
@@ -63,6 +64,26 @@ def unread_model(config: FamilyConfig, name: str, path: Path) -> PictureFamily:
         raise UserError(f"model {name} only writes text: name a model that paints")
     attach_autoencoder(model, path / AUTOENCODER, weights=False)
     return model
+
+
+def size_to_paint(
+    config: FamilyConfig, name: str, path: Path, width: int | None, height: int | None
+) -> tuple[Size, str | None]:
+    """(height, width) of the pictures that a folder's model shall paint, checked before its weights are read.
+
+    width, height: in pixels; None is the model's own. With it comes a warning where the model did not learn the size.
+    Raises UserError for one that it cannot paint, and if it paints none.
+    """
+    model = unread_model(config, name, path)
+    own_height, own_width = model.picture_size
+    size = own_height if height is None else height, own_width if width is None else width
+    model.at_size(*size)
+    if size in model.sizes:
+        return size, None
+    return size, (
+        f"warning: model {name} learnt {named(model.sizes)}, and {named([size])} is none of them: the picture may "
+        "be poor"
+    )
 
 
 def check_pictures(loaded: Loaded) -> None:

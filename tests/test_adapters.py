@@ -177,7 +177,7 @@ def test_the_trained_forward_is_what_generation_does(folder: Path, adapters: dic
     assert prefix is not None
     arrays = to_arrays(trainer.train_data.batch(documents), trainer.model)[0]
     trainer.model.update(trainer.state.ema)
-    ours = np.array(trainer.step.forward(arrays)[1])
+    ours = np.array(trainer.step.forward(arrays)[1][0])
     loaded = load(adapters["image"])
     _, cache = loaded.model.prefill(np.array([prefix]), np.array([len(prefix)]))
     theirs = np.array(loaded.pictures.velocity(arrays.patches, arrays.angle, cache))

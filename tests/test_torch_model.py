@@ -57,7 +57,7 @@ def test_same_parameters(pair: tuple[Any, Any]) -> None:
 def test_logits_predictions_and_losses(pair: tuple[Any, Any]) -> None:
     model, twin = pair
     batch = make_batch(model.config)
-    arrays, target, _, _ = to_arrays(batch, model)
+    arrays, (target,), _, _ = to_arrays(batch, model)
     logits, prediction = model(arrays)
     example = to_example(batch, model.config, CPU)
     np.testing.assert_allclose(example.target, target, rtol=1e-6, atol=1e-6)

@@ -301,7 +301,7 @@ def test_half_precision_weights_give_a_half_precision_decoder(
     patches, angle = map(mx.array, random_images(model, 3))
     exact = network_of(model)(patches, angle)
     model.set_dtype(mx.bfloat16)
-    tokens, _ = _patch_tokens(model, patches, model.angle_embedding(angle))
+    tokens, _ = _patch_tokens(model, patches, model.angle_embedding(angle), model.config.grid())
     assert tokens.dtype == mx.bfloat16
     assert relative(network_of(model)(patches, angle).astype(mx.float32), exact) < 0.1
 

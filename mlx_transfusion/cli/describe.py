@@ -38,7 +38,7 @@ def describe(
         repetition_penalty=repetition_penalty,
         max_images=0,
     ).check()
-    from mlx_transfusion.images import load_pixels
+    from mlx_transfusion.images import load_for
     from mlx_transfusion.interleave import describe as run
     from mlx_transfusion.model_io import load, read_config
     from mlx_transfusion.model_path import display_name, resolve
@@ -47,7 +47,7 @@ def describe(
     path = resolve(model)
     reader = unread_model(read_config(path)[0], display_name(model, path), path)
     # A bad image is found before the weights are read.
-    pixels = [load_pixels(image, *reader.input_size, reader.pads_input) for image in images]
+    pixels = [load_for(reader, image) for image in images]
     loaded = load(model)
     with bar("describe", len(images)) as progress:
         for number, (image, data) in enumerate(zip(images, pixels, strict=True), 1):

@@ -47,6 +47,8 @@ def edit(
         typer.Option(help="How much the picture counts; 1 is no guidance.", show_default="1"),
     ] = None,
     guidance_interval: options.GuidanceInterval = None,
+    width: options.Width = None,
+    height: options.Height = None,
     output: options.Output = Path("edited.png"),
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -72,6 +74,8 @@ def edit(
         model = model if model is not None else str(record["model"])
         if image_guidance is None:
             image_guidance = float(record["edit"]["image_guidance"])
+        if (width, height) == (None, None):
+            width, height = record.get("width"), record.get("height")
     if model is None:  # the bundled ones were not
         raise UserError("give --model MODEL, one that was trained on edits")
     assert instruction is not None
@@ -80,12 +84,13 @@ def edit(
 
     from mlx_transfusion.adapters import load_adapted
     from mlx_transfusion.editing import IMAGE_GUIDANCE, Edit, edit_images, source_hash
-    from mlx_transfusion.images import check_folder, load_pixels
+    from mlx_transfusion.images import check_folder, load_for
 
     output = picture_path(output)
     check_folder(output.parent)
     loaded = load_adapted(model, adapter or [])
-    pixels = load_pixels(image, *loaded.pictures.input_size)
+    pixels = load_for(loaded.pictures, image)
+    size = _size(loaded, pixels, width, height)
     if repeat is not None:
         _check_same(repeat, record, loaded, source_hash(pixels))
     files = Files(new_job([instruction], seeds, settings), output, overwrite)
@@ -96,7 +101,7 @@ def edit(
             def on_step(step: Any, done: int = i) -> None:
                 progress.update(done + step.step / step.steps, f"step {step.step}/{step.steps}")
 
-            made = edit_images(loaded, [Edit(pixels, instruction, one)], settings, scale, on_step)[0]
+            made = edit_images(loaded, [Edit(pixels, instruction, one)], settings, scale, on_step, size)[0]
             path = made.save(files.picture(i))
             if as_json:
                 seconds = round(made.seconds, 3)
@@ -104,6 +109,16 @@ def edit(
             else:
                 message(f"seed {one}, {made.seconds:.2f} s: {instruction}")
                 result(str(path))
+
+
+def _size(loaded: Loaded, source: Any, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(height, width) to paint: a side that is not given is the source's; None where neither is."""
+    if width is None and height is None:
+        return None
+    size = source.shape[0] if height is None else height, source.shape[1] if width is None else width
+    if loaded.pictures.at_size(*size).picture_size not in loaded.pictures.sizes:
+        message(f"warning: model {loaded.name} did not learn {size[1]}x{size[0]}: the picture may be poor")
+    return size
 
 
 def _recorded(file: Path) -> tuple[GenerationSettings, dict[str, Any]]:

@@ -45,8 +45,8 @@ def generate(
     image_temp: options.ImageTemperature = None,
     image_top_p: options.ImageTopP = None,
     image_top_k: options.ImageTopK = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels; must be the model's.")] = None,
+    width: options.Width = None,
+    height: options.Height = None,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Pictures painted at once.", show_default=str(DEFAULTS.batch_size)),
@@ -88,21 +88,24 @@ def generate(
     from mlx_transfusion.images import check_folder
     from mlx_transfusion.model_io import read_config
     from mlx_transfusion.model_path import display_name, resolve
-    from mlx_transfusion.text_to_image import unread_model
+    from mlx_transfusion.text_to_image import size_to_paint
 
     path = resolve(model)
     config, extra = read_config(path)
-    high, wide = unread_model(config, display_name(model, path), path).picture_size
-    for name, wanted, have in (("width", width, wide), ("height", height, high)):
-        if wanted not in (None, have):
-            raise UserError(
-                f"--{name} {wanted}: this model paints {wide}x{high} pictures "
-                f"only: leave out --width and --height"
-            )
+    place = config, display_name(model, path), path
+    try:
+        given = job.size if (width, height) == (None, None) and job.size is not None else (width, height)
+        (high, wide), warning = size_to_paint(*place, *given)
+    except UserError:
+        if given == (width, height):
+            raise
+        (high, wide), warning = size_to_paint(*place, None, None)  # another model than the picture's
+    if warning is not None:
+        message(warning)
     settings = job.settings.for_model(extra, display_name(model, path))  # before the weights are read
     output = picture_path(output)
     check_folder(output.parent)
-    loaded = load_adapted(model, adapter or [])
+    loaded = load_adapted(model, adapter or []).at_size(wide, high)
     if job.model_hash not in (None, loaded.fingerprint):
         message(
             f"warning: {repeat} was painted by weights {job.model_hash} of {job.model}, these are "

@@ -62,6 +62,7 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
     """
     from mlx_transfusion.model_io import attach_autoencoder, build, flat_parameters
     from mlx_transfusion.models.family import CodeFamily, PictureFamily
+    from mlx_transfusion.picture_sizes import named
 
     model = build(config)
     if autoencoder is not None:
@@ -83,6 +84,8 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
         side = math.isqrt(p // channels)
         patch = f"{side}x{side}" if n * side**2 == height * width else f"{p} numbers"
         facts["picture"] = f"{width}x{height}x{channels}, {n} patches of {patch}"
+        if len(model.sizes) > 1:
+            facts["sizes learnt"] = named(model.sizes)
     return facts | {"config": config.to_dict()}
 
 

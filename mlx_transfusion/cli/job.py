@@ -22,6 +22,8 @@ class Job:
     settings: GenerationSettings
     keep: int | None = None
     """Write this picture only (one row of a batch, see `job_from`)."""
+    size: tuple[int, int] | None = None
+    """(width, height) of the picture that is repeated."""
     model: str | None = None
     model_hash: str | None = None
     several_prompts: bool = False
@@ -54,9 +56,15 @@ def job_from(file: Path, flags: dict[str, Any], batch_size: int | None) -> Job:
         [int(record["seed"])] * count,
         settings,
         keep=int(record["batch"]["row"]) if exact else 0,
+        size=_size(record),
         model=str(record.get("model")),
         model_hash=str(record.get("model_hash")),
     )
+
+
+def _size(record: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = record.get("width"), record.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:

@@ -84,6 +84,8 @@ ImageTopP = Annotated[
     typer.Option(help="As --top-p, of a picture's tokens.", show_default=f"{DEFAULTS.image_top_p:g}"),
 ]
 ImageTopK = Annotated[int | None, typer.Option(help="As --top-k, of a picture's tokens.", show_default="off")]
+Width = Annotated[int | None, typer.Option(help="Of the picture, in pixels.", show_default="the model's")]
+Height = Annotated[int | None, typer.Option(help="Of the picture, in pixels.", show_default="the model's")]
 NegativePrompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What the picture should not show; needs guidance.")
 ]

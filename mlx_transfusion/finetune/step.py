@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_transfusion import lora
 from mlx_transfusion.adapters import PAINTER, Adapter, with_adapters
+from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.base import Base
 from mlx_transfusion.finetune.layers import flat_trained
 from mlx_transfusion.lora_extract import base_name
@@ -33,22 +34,26 @@ class AdapterStep(Step):
         super().__init__(base.loaded.transfusion, optimizer, config)
         self._base, self._spec = base, config.adapter
         self._image_only = self._spec.modality == "image"
+        if self._image_only and len(self._model.config.sizes) > 1:
+            raise UserError(
+                'adapter.modality "image" is for models of one picture size: train an adapter of both modalities'
+            )
         self._prefix = PAINTER if self._image_only else ""
 
     def initial_weights(self) -> Tree:
         """The adapter's arrays."""
         return tree_unflatten(list(flat_trained(self._model, self._base.names).items()))
 
-    def forward(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
+    def forward(self, batch: TrainArrays) -> tuple[mx.array, list[mx.array]]:
         """The model on packed rows, with an image-only adapter at the tokens of noisy pictures alone."""
         if not self._image_only:
-            return self._model(batch)
+            return self._model.predict(batch)
         gate, (m, n, _) = self._base.gate, batch.patches.shape
         noisy = batch.angle > 0
         gate.pictures = noisy[:, None, None]
         gate.tokens = batch.is_image & noisy[batch.patch_row // n][..., None] if m else batch.is_image
         try:
-            return self._model(batch)
+            return self._model.predict(batch)
         finally:
             gate.tokens = gate.pictures = None  # leave no tracers behind
 

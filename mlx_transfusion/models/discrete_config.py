@@ -74,6 +74,15 @@ class DiscreteConfig:
         return self.vocab_size - self.codebook_size
 
     @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of all pictures that the model learns: one size."""
+        return ((self.image_height, self.image_width),)
+
+    def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of a picture's codes."""
+        return size or self.sizes[0]
+
+    @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads

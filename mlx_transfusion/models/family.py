@@ -21,6 +21,7 @@ from mlx_transfusion import sampling
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.layout import Layout
 from mlx_transfusion.models.cache import KVCache
+from mlx_transfusion.picture_sizes import Size, named
 
 
 class FamilyConfig(Protocol):
@@ -113,8 +114,29 @@ class PictureFamily(TextFamily):
         raise NotImplementedError
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) in pixels of all pictures that it learnt, its own size first."""
+        return (self.picture_size,)
+
+    def at_size(self, height: int, width: int) -> PictureFamily:
+        """The same model, on the same weights, that paints pictures of that size in pixels.
+
+        Raises UserError for a size that it cannot paint.
+        """
+        if (height, width) == self.picture_size:
+            return self
+        raise UserError(
+            f"{width}x{height}: this model paints {named([self.picture_size])} pictures only: leave out --width and "
+            "--height"
+        )
+
+    def reading_size(self, height: int, width: int) -> Size:
+        """(height, width) that a user's picture of that size is brought to before `read_picture`."""
+        return self.input_size
+
+    @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) that a user's picture is brought to before `read_picture`."""
+        """(height, width) of a user's picture, of a family that reads only one size."""
         return self.picture_size
 
     @property
@@ -183,7 +205,7 @@ class PictureFamily(TextFamily):
     def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
         """Read a user's picture [B, H, W, 3] in [0, 1] with the tokens around it; returns logits [B, V] after it.
 
-        H, W are `input_size`. Raises UserError where the family cannot read pictures.
+        H, W are of `reading_size`. Raises UserError where the family cannot read pictures.
         """
         raise UserError(f"a {self.config.model_type} model cannot read pictures: it only paints them")
 

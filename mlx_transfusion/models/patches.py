@@ -5,12 +5,18 @@ Patches are in raster order; inside a patch the elements run row, column, channe
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.models.gates import silu
 from mlx_transfusion.models.unet import Skips, UNetDown, UNetUp
+from mlx_transfusion.picture_sizes import Size
+
+EDGE_FREQUENCIES = 16
 
 
 def patchify(images: mx.array, patch_size: int) -> mx.array:
@@ -26,6 +32,20 @@ def unpatchify(patches: mx.array, height: int, width: int, patch_size: int) -> m
     b, p = patches.shape[0], patch_size
     x = patches.reshape(b, height // p, width // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, height, width, -1)
+
+
+@lru_cache(maxsize=64)
+def edge_waves(rows: int, columns: int) -> np.ndarray:
+    """Where each patch stands, by sines and cosines of its distances from the four edges: float32 [N, 8 F].
+
+    A distance is counted in patches to the patch's centre, and F = EDGE_FREQUENCIES run from 1 down to 1/100 radian a
+    patch. From two opposite edges together a patch also knows how large the picture is.
+    """
+    y, x = np.meshgrid(np.arange(rows) + 0.5, np.arange(columns) + 0.5, indexing="ij")
+    distances = np.stack([y, rows - y, x, columns - x], -1).reshape(rows * columns, 4)
+    frequencies = 100.0 ** (-np.arange(EDGE_FREQUENCIES) / (EDGE_FREQUENCIES - 1))
+    angles = (distances[..., None] * frequencies).reshape(rows * columns, -1)
+    return np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
 
 
 class AngleEmbedding(nn.Module):
@@ -67,30 +87,39 @@ class PatchEncoder(nn.Module):
     It is added behind the linear layer, in the model's width, where it cannot collide with the few dimensions
     of a patch; seen from the transformer this contains the paper's form (arXiv 2408.11039, footnote 6). Behind
     the U-Net, which is steered by the angle itself, it stays: normalisation may have taken the angle's trace away.
-    Learned positions are added to either.
+    Positions, learned ones or coordinates, are added to either.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self._shape = config.image_height, config.image_width, config.patch_size
+        self._patch_size, self._grid = config.patch_size, config.grid()
         if config.patch_encoder == "unet":
             self.unet = UNetDown(config)
         else:
             self.proj = nn.Linear(config.patch_dim, config.hidden_size)
         if config.patch_positions == "learned":
             self.position = 0.02 * mx.random.normal((config.patches_per_image, config.hidden_size))
+        elif config.patch_positions == "coordinates":
+            self.coordinates = nn.Linear(edge_waves(1, 1).shape[1], config.hidden_size)
 
-    def __call__(self, patches: mx.array, angle: mx.array) -> tuple[mx.array, Skips]:
+    def __call__(
+        self, patches: mx.array, angle: mx.array, grid: Size | None = None
+    ) -> tuple[mx.array, Skips]:
         """Noisy patches [B, N, P] and their angle embedding [B, D] -> token vectors [B, N, D].
 
-        With them come the skips that the decoder of the same pass needs; the linear encoder has none.
+        With them come the skips that the decoder of the same pass needs; the linear encoder has none. grid: rows and
+        columns of the patches, None for the config's.
         """
+        rows, columns = grid or self._grid
+        p = self._patch_size
         x, skips = (
-            self.unet(unpatchify(patches, *self._shape), angle)
+            self.unet(unpatchify(patches, rows * p, columns * p, p), angle)
             if "unet" in self
             else (self.proj(patches), ())
         )
         x = x + angle[:, None]
+        if "coordinates" in self:
+            x = x + self.coordinates(mx.array(edge_waves(rows, columns)).astype(x.dtype))
         return (x + self.position if "position" in self else x), skips
 
 

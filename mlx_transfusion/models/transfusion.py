@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
+from mlx_transfusion.errors import UserError
 from mlx_transfusion.lanes import split
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
@@ -28,6 +30,7 @@ from mlx_transfusion.models.patches import (
     unpatchify,
 )
 from mlx_transfusion.models.unet import Skips
+from mlx_transfusion.picture_sizes import Size, best, named
 
 
 class TrainArrays(NamedTuple):
@@ -41,6 +44,13 @@ class TrainArrays(NamedTuple):
     mask: mx.array  # bool [B, 1, T, T]
     patches: mx.array  # float32 [M, N, P], already noised
     angle: mx.array  # float32 [M]
+    more: tuple[tuple[mx.array, mx.array], ...] = ()
+    """Patches and angles of each further size of `config.sizes`; patch_row and patch_index count through all."""
+
+    @property
+    def groups(self) -> tuple[tuple[mx.array, mx.array], ...]:
+        """Patches [M, N, P] and angles [M] of each size."""
+        return (self.patches, self.angle), *self.more
 
 
 class Part(Protocol):
@@ -101,25 +111,40 @@ class Transfusion(PictureFamily):
     # ---- training -------------------------------------------------------------------------------------------
 
     def __call__(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
+        """As `predict`, with the predictions of the first size alone [M, N, P]: all there are of most models."""
+        logits, predictions = self.predict(batch)
+        return logits, predictions[0]
+
+    def predict(self, batch: TrainArrays) -> tuple[mx.array, list[mx.array]]:
         """One pass over packed sequences.
 
-        Returns the logits of the K text-loss positions [K, V] and the prediction for every patch [M, N, P]
-        (noise or velocity, by `config.prediction`). RoPE is relative, so positions may run on through a row
+        Returns the logits of the K text-loss positions [K, V] and, for each size, the prediction for every patch
+        [M, N, P] (noise or velocity, by `config.prediction`). RoPE is relative, so positions may run on through a row
         of several documents: only differences inside a document are ever seen.
         """
-        m, n, _ = batch.patches.shape
         x = self.embed_tokens(batch.ids)
-        if m:  # text alone has no patches, and an empty array can neither be reshaped nor looked up
-            angle = self.angle_embedding(batch.angle)
-            tokens, skips = _patch_tokens(self, batch.patches, angle)
-            x = mx.where(batch.is_image, tokens.reshape(m * n, -1)[batch.patch_row], x)
+        out = [patches for patches, _ in batch.groups]
+        present = [
+            i for i, patches in enumerate(out) if len(patches)
+        ]  # an empty array has no place to look up
+        angles = {i: self.angle_embedding(batch.groups[i][1]) for i in present}
+        read = {
+            i: _patch_tokens(self, out[i], angles[i], self.config.grid(self.config.sizes[i])) for i in present
+        }
+        if present:
+            tokens = [read[i][0].reshape(-1, x.shape[-1]) for i in present]
+            stacked = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+            x = mx.where(batch.is_image, stacked[batch.patch_row], x)
         hidden, _ = self._run(self, x, batch.mask, 0, [None] * len(self.layers))
         x = hidden.reshape(-1, hidden.shape[-1])
         logits = self.lm_head(x[batch.text_index])
-        if not m:
-            return logits, batch.patches
-        patches = x[batch.patch_index].reshape(m, n, -1)
-        return logits, self.patch_decoder(patches, batch.patches, angle, skips)
+        start = 0
+        for i in present:
+            m, n, _ = out[i].shape
+            places = batch.patch_index[start : start + m * n]
+            out[i] = self.patch_decoder(x[places].reshape(m, n, -1), out[i], angles[i], read[i][1])
+            start += m * n
+        return logits, out
 
     # ---- distillation: the same passes on plain arrays, differentiable and of fixed shape ------------------------
 
@@ -154,7 +179,7 @@ class Transfusion(PictureFamily):
         mask = mx.concatenate(
             [mx.broadcast_to(seen[:, None], (*shape, columns)), mx.broadcast_to(own, (*shape, n))], -1
         )[:, None]
-        tokens, skips = _patch_tokens(part, x, embedded)
+        tokens, skips = _patch_tokens(part, x, embedded, self.config.grid())
         hidden, _ = self._run(part, tokens, mask, lengths, prefix)
         return part.patch_decoder(hidden, x, embedded, skips)
 
@@ -177,8 +202,53 @@ class Transfusion(PictureFamily):
     @property
     def picture_size(self) -> tuple[int, int]:
         """(height, width)."""
-        factor = 1 if self.coder is None else self.coder.model.config.factor
-        return self.config.image_height * factor, self.config.image_width * factor
+        return self.sizes[0]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) in pixels of all pictures that it learnt, its own size first."""
+        return tuple((h * self._factor, w * self._factor) for h, w in self.config.sizes)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels a side of one element: 1, unless these are an autoencoder's latents."""
+        return 1 if self.coder is None else self.coder.model.config.factor
+
+    def at_size(self, height: int, width: int) -> Transfusion:
+        """The same model, on the same weights, that paints (height, width) in pixels, whether it learnt that or not.
+
+        Raises UserError for a size that patches do not divide, one that does not fit the longest sequence, and, of a
+        model of one size, any other.
+        """
+        if (height, width) == self.picture_size:
+            return self
+        c, side = self.config, self._factor * self.config.patch_size
+        if c.patch_positions != "coordinates":
+            super().at_size(height, width)
+        if min(height, width) < 1 or height % side or width % side:
+            raise UserError(
+                f"{width}x{height} cannot be cut into patches of {side} pixels: this model learnt "
+                f"{named(self.sizes)}; any other width and height must be multiples of {side}"
+            )
+        view = self.resized((height // self._factor, width // self._factor))
+        if view.config.patches_per_image + 2 > c.max_position:
+            raise UserError(
+                f"{width}x{height} is {view.config.patches_per_image} patches, and this model's longest sequence is "
+                f"{c.max_position}: choose a smaller size"
+            )
+        return view
+
+    def resized(self, size: Size) -> Transfusion:
+        """The same model, on the same weights, for pictures of (height, width) in elements."""
+        if size == self.config.sizes[0]:
+            return self
+        view = copy.copy(self)
+        view._config = self.config.at_size(*size)
+        return view
+
+    def reading_size(self, height: int, width: int) -> Size:
+        """The learnt size that is nearest in aspect to a user's picture, and that it fills, if any."""
+        return best(height, width, self.sizes)
 
     @property
     def picture_channels(self) -> int:
@@ -224,7 +294,7 @@ class Transfusion(PictureFamily):
         """
         part = self._painting
         embedded = part.angle_embedding(angle, guidance)
-        tokens, skips = _patch_tokens(part, x, embedded)
+        tokens, skips = _patch_tokens(part, x, embedded, self.config.grid())
         hidden = self._decode_image(part, tokens, cache, store=False)
         out = part.patch_decoder(hidden, x, embedded, skips)
         if self.config.prediction == "velocity":
@@ -234,17 +304,18 @@ class Transfusion(PictureFamily):
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read CLEAN patches [B, N, P] (angle 0) into `cache`, so that what follows sees the finished picture."""
         embedded = self.angle_embedding(mx.zeros((x0.shape[0],)))
-        self._decode_image(self, _patch_tokens(self, x0, embedded)[0], cache, store=True)
+        tokens, _ = _patch_tokens(self, x0, embedded, self.config.grid())
+        self._decode_image(self, tokens, cache, store=True)
 
     def read_picture(self, pixels: mx.array, cache: KVCache) -> mx.array:
         """Read BOI, a clean picture [B, H, W, C] in [0, 1] and EOI; returns the logits [B, V] after it."""
-        batch = pixels.shape[0]
+        batch, height, width, _ = pixels.shape
 
         def read(token: int) -> mx.array:
             return self.extend_text(np.full((batch, 1), token, np.int32), np.ones(batch, int), cache)
 
         read(self.config.boi_token_id)
-        self.extend_image(self.encode(pixels), cache)
+        self.at_size(height, width).extend_image(self.encode(pixels), cache)
         return read(self.config.eoi_token_id)
 
     def encode(self, pixels: mx.array) -> mx.array:
@@ -338,12 +409,12 @@ def _of(rows: slice, value: Any) -> Any:
     return value[rows] if isinstance(value, mx.array) and value.shape[0] > 1 else value
 
 
-def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array) -> tuple[mx.array, Skips]:
-    """Token vectors [B, N, D] of noisy patches, in the decoder's precision, and the encoder's skips.
+def _patch_tokens(part: Part, patches: mx.array, embedded: mx.array, grid: Size) -> tuple[mx.array, Skips]:
+    """Token vectors [B, N, D] of noisy patches in a grid, in the decoder's precision, and the encoder's skips.
 
     The angle's sines are always float32, and one float32 addend would turn the whole decoder into float32.
     """
-    tokens, skips = part.patch_encoder(patches, embedded)
+    tokens, skips = part.patch_encoder(patches, embedded, grid)
     return tokens.astype(part.norm.weight.dtype), skips
 
 

@@ -146,7 +146,6 @@ class UNetUp(nn.Module):
         super().__init__()
         channels = levels(config)[::-1]
         features = 4 * config.unet_channels
-        self._grid = config.image_height // config.patch_size, config.image_width // config.patch_size
         self._blocks = config.unet_blocks
         self.time_proj = nn.Linear(config.hidden_size, features)
         self.proj_in = nn.Linear(config.hidden_size, channels[0])
@@ -161,7 +160,7 @@ class UNetUp(nn.Module):
         """Hidden states [B, N, D], angle embedding [B, D] and the skips of the same pass -> [B, H, W, C]."""
         features = silu(self.time_proj(silu(angle)))
         x = self.proj_in(hidden)
-        x = x.reshape(x.shape[0], *self._grid, x.shape[-1])
+        x = x.reshape(x.shape[0], *skips[-1].shape[1:3], x.shape[-1])  # the last level is the grid of patches
         for i, block in enumerate(self.up_blocks):
             end = len(skips) - i * self._blocks
             x = block(x, features, skips[end - self._blocks : end])

@@ -35,8 +35,13 @@ class Transfusion(nn.Module):
     """Text embedding and head, patch encoder and decoder (linear or U-Net), and one transformer in between."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Raises UserError for a model with a painter, which the MLX side alone trains."""
+        """Raises UserError for a model with a painter or coordinates, which the MLX side alone trains."""
         super().__init__()
+        if config.patch_positions == "coordinates":
+            raise UserError(
+                'a model with patch_positions "coordinates", which several picture sizes need, is trained by the MLX '
+                "side alone: use another"
+            )
         if config.painter:
             raise UserError("a model with a painter is trained by the MLX side alone: use one without")
         self.config = config

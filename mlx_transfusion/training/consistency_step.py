@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_transfusion import consistency, losses, trigflow
 from mlx_transfusion.models.layers import KeysValues
 from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.painting import paint
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sampling import guided
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
@@ -28,11 +29,12 @@ from mlx_transfusion.training.prefix_data import (
     PrefixBatch,
     count,
     guidance_scales,
+    of_size,
     prefix_batch,
     prefix_of,
 )
 from mlx_transfusion.training.signals import Signals
-from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, to_arrays
+from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, in_precision, to_arrays
 from mlx_transfusion.training.tangents import States, method_of, picture_losses
 
 TEACHER_SAMPLER = "dpmpp_2m"
@@ -77,10 +79,7 @@ class ConsistencyStep(Step):
         self._loss_weight = consistency.LossWeight()
         self._valid: tuple[list[list[int]], list[int], mx.array] | None = None
         self._watched = self.signals = Signals()
-        if config.compile:
-            self._gradients = mx.compile(self._plain_consistency_gradients)
-        else:
-            self._gradients = self._plain_consistency_gradients
+        self._of_size: dict[Size | None, Callable[..., Any]] = {}
 
     def initial_weights(self) -> Tree:
         """The model's parameters or its painter's, and those of the weighting network when it is used."""
@@ -104,11 +103,21 @@ class ConsistencyStep(Step):
         """Arrays of one part of a step (numpy only)."""
         if self._text_frozen:
             documents = [d for d in documents if prefix_of(d) is not None]
-        batch = prefix_batch(data, documents, self._model.config.pad_token_id)
+        c = self._model.config
+        sizes = c.sizes if len(c.sizes) > 1 else (None,)
+        batch = prefix_batch(data, documents, c.pad_token_id, sizes)
         if (between := self._settings.guidance_range) is None:
             return batch
-        scales = guidance_scales(documents, len(batch.ids), *between, self._config.seed)
-        return replace(batch, guidance=scales)
+        own, *more = (
+            replace(
+                group,
+                guidance=guidance_scales(
+                    of_size(documents, group.size), len(group.ids), *between, self._config.seed
+                ),
+            )
+            for group in batch.groups
+        )
+        return replace(own, more=tuple(more))
 
     def count(self, data: DataSet, document: Document) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document."""
@@ -121,12 +130,27 @@ class ConsistencyStep(Step):
         """Gradients of this part of the objective at `step`, and its summed losses [text, image]."""
         scale = mx.array([1 / max(1, text_total), self._config.image_loss_weight / max(1, image_total)])
         pace = mx.array(self._method.pace(step))
+        parts = [self._size_gradients(weights, group, scale, pace) for group in batch.groups]
+        gradients, sums = parts[0]
+        for more, further in parts[1:]:  # the losses are divided by the step's totals: gradients add up
+            gradients, sums = tree_map(mx.add, gradients, more), sums + further
+        return gradients, sums
+
+    def _size_gradients(
+        self, weights: Tree, batch: PrefixBatch, scale: mx.array, pace: mx.array
+    ) -> tuple[Tree, mx.array]:
+        """As `gradients`, of the pictures of one size and of the rest that stands beside them."""
         pictures, texts = _arrays(batch, self._model)
         rest = rest_text = None
         if batch.rest is not None:
             arrays, _, target, weight = to_arrays(batch.rest, self._model)
             rest, rest_text = tuple(arrays), tuple(TextArrays(arrays.text_index, target, weight))
-        gradients, sums, seen = self._gradients(
+        if (
+            batch.size not in self._of_size
+        ):  # each its own: sizes of equally many patches have the same shapes
+            plain = partial(self._plain_consistency_gradients, size=batch.size)
+            self._of_size[batch.size] = mx.compile(plain) if self._config.compile else plain
+        gradients, sums, seen = self._of_size[batch.size](
             weights, tuple(pictures), tuple(texts), rest, rest_text, scale, pace
         )
         self._watched.add(batch.weight, batch.pictures.angle, seen)
@@ -179,27 +203,28 @@ class ConsistencyStep(Step):
         weights: Tree,
         pictures: tuple[mx.array, ...],
         texts: tuple[mx.array, ...],
-        rest: tuple[mx.array, ...] | None,
+        rest: tuple[Any, ...] | None,
         rest_text: tuple[mx.array, ...] | None,
         scale: mx.array,
         pace: mx.array,
+        size: Size | None = None,
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
         constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
-        at = self._states(p, constant if self._read_alike else None)
+        at = self._states(size, p, constant if self._read_alike else None)
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
             if constant is not None:
-                image, seen = self._image_loss(w, p, constant, at, pace)
+                image, seen = self._image_loss(size, w, p, constant, at, pace)
                 return image * scale[1], (mx.stack([mx.zeros_like(image), image]), seen)
             hidden, prefix = self._model.read_prefix(p.ids)
-            image, seen = self._image_loss(w, p, prefix, at, pace)
+            image, seen = self._image_loss(size, w, p, prefix, at, pace)
             text = self._text_loss(hidden, TextArrays(*texts))
             if rest is not None and rest_text is not None:
                 self._model.update(cast(self.model_weights(w), self._dtype))
                 batch = TrainArrays(*rest)
-                logits, _ = self._model(batch._replace(patches=batch.patches.astype(self._dtype)))
+                logits, _ = self._model(in_precision(batch, self._dtype))
                 _, target, weight = rest_text
                 text = text + losses.text_loss(logits.astype(mx.float32), target, weight)
             sums = mx.stack([text, image])
@@ -210,10 +235,16 @@ class ConsistencyStep(Step):
         return gradients, sums, seen
 
     def _image_loss(
-        self, w: Tree, p: PictureArrays, prefix: list[KeysValues], at: States, pace: mx.array
+        self,
+        size: Size | None,
+        w: Tree,
+        p: PictureArrays,
+        prefix: list[KeysValues],
+        at: States,
+        pace: mx.array,
     ) -> tuple[mx.array, mx.array]:
         """Summed loss of the pictures, and what is watched of each: [5, M], the names in `Signals`."""
-        network = partial(self._model.paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
+        network = partial(_at(self._model, size).paint, prefix=prefix, lengths=p.lengths, guidance=p.guidance)
         log_weight = mx.zeros_like(p.angle)
         if LOSS_WEIGHT in w:
             self._loss_weight.update(w[LOSS_WEIGHT])
@@ -225,16 +256,18 @@ class ConsistencyStep(Step):
         logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
         return losses.text_loss(logits, text.target, text.weight)
 
-    def _states(self, p: PictureArrays, prefix: list[KeysValues] | None) -> States:
+    def _states(self, size: Size | None, p: PictureArrays, prefix: list[KeysValues] | None) -> States:
         """The noisy pictures, where they go, and what else the method wants of the teacher, as constants."""
-        cos_velocity = mx.stop_gradient(self._cos_velocity(p, prefix))
+        cos_velocity = mx.stop_gradient(self._cos_velocity(p, prefix, size))
 
         def teacher(x: mx.array, angle: mx.array) -> mx.array:
-            return self._cos_velocity(p._replace(x=x, angle=angle), prefix)
+            return self._cos_velocity(p._replace(x=x, angle=angle), prefix, size)
 
         return self._method.states(p.x, p.angle, cos_velocity, teacher)
 
-    def _cos_velocity(self, p: PictureArrays, prefix: list[KeysValues] | None = None) -> mx.array:
+    def _cos_velocity(
+        self, p: PictureArrays, prefix: list[KeysValues] | None = None, size: Size | None = None
+    ) -> mx.array:
         """cos(a) v [M, N, P]: the teacher's, guided, or that of the sample.
 
         Pictures that have scales of their own are each guided with their own. prefix: keys and values of the
@@ -244,6 +277,7 @@ class ConsistencyStep(Step):
         scale: Any = self._settings.guidance if p.guidance is None else p.guidance[:, None, None]
         if teacher is None:
             return p.sample_velocity
+        teacher = _at(teacher, size)
         if prefix is None:
             _, prefix = teacher.read_prefix(p.ids)
         cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
@@ -268,6 +302,11 @@ def student_settings(config: ConsistencyConfig, steps: int) -> GenerationSetting
 def teacher_settings(config: ConsistencyConfig) -> GenerationSettings:
     """How the teacher paints what the student is compared with."""
     return GenerationSettings(sampler=TEACHER_SAMPLER, guidance=config.guidance)
+
+
+def _at(model: Transfusion, size: Size | None) -> Transfusion:
+    """The model for pictures of that size; None: of its own."""
+    return model if size is None else model.resized(size)
 
 
 def _same_weights(part: Transfusion, whole: Transfusion) -> bool:

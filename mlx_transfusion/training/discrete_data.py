@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.discrete_config import DiscreteConfig
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import IMAGE, PackedBatch, attention_mask
 from mlx_transfusion.training.config import SourceConfig
 from mlx_transfusion.training.data import Batch, DataSet, Document, Pictures
@@ -28,16 +29,17 @@ class CodeData(DataSet):
         self._codes = model
         super().__init__(sources, model=model, **keywords)  # type: ignore[arg-type]
 
-    def _open_pictures(self) -> LatentFiles:
+    def _open_pictures(self) -> dict[Size, LatentFiles]:
         c, files = self._codes, self._data.latents
         if not files:
             raise UserError(
                 f'[model]: one of type "{c.model_type}" learns the codes of an autoencoder: encode the data set with '
                 "one that has a codebook, and name the file in data.latents"
             )
-        return LatentFiles(files, (c.image_height, c.image_width), CODES)
+        size = c.image_height, c.image_width
+        return {size: LatentFiles(files, size, CODES)}
 
-    def pictures(self, documents: Sequence[Document]) -> Pictures:
+    def pictures(self, documents: Sequence[Document], size: Size | None = None) -> Pictures:
         """The codes of some documents' pictures, int32 [M, h, w], in the place of pixels; there is no noise.
 
         Raises UserError for a code that the model has no place for.
@@ -45,7 +47,7 @@ class CodeData(DataSet):
         refs = [ref for d in documents for ref in d.images]
         flips = [one for d in documents for one in d.flips]
         angles = np.array([a for d in documents for a in d.angles], np.float32)
-        codes = self._pixels.load(refs, flips)
+        codes = self._pixels[self._model.sizes[0]].load(refs, flips)
         if codes.max(initial=0) >= self._codes.codebook_size:
             raise UserError(
                 f"{self._data.latents[0]}: has code {codes.max()}, and [model] has a codebook_size of "

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_transfusion import noise, sequence
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.family import PictureFamily
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import Image, Segment, Text
 from mlx_transfusion.training.config import SourceConfig
 from mlx_transfusion.training.data import DataSet, Document, Pictures
@@ -26,6 +27,11 @@ class PictureSize(NamedTuple):
     image_height: int
     image_width: int
     image_channels: int = 3
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) of all pictures that the model learns: one size."""
+        return ((self.image_height, self.image_width),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class FamilyData(DataSet):
         self._family = family
         super().__init__(sources, model=PictureSize(*family.picture_size), **keywords)  # type: ignore[arg-type]
 
-    def pictures(self, documents: Sequence[Document]) -> Pictures:
+    def pictures(self, documents: Sequence[Document], size: Size | None = None) -> Pictures:
         """Load the pictures of some documents and draw noise for their latents."""
         shape = self._family.latent_shape
         drawn = [
@@ -74,12 +80,12 @@ class FamilyData(DataSet):
         refs = [ref for d in documents for ref in d.images]
         flips = [one for d in documents for one in d.flips]
         return Pictures(
-            self._pixels.load(refs, flips),
+            self._pixels[self._model.sizes[0]].load(refs, flips),
             np.stack(drawn) if drawn else np.zeros((0, *shape), np.float32),
             np.array([a for d in documents for a in d.angles], np.float32),
         )
 
-    def _layout(self, segments: Sequence[str | ImageRef], row: Row) -> list[Segment]:
+    def _layout(self, segments: Sequence[str | ImageRef], row: Row, sizes: Sequence[Size]) -> list[Segment]:
         """The prompt and the picture, or a text alone. A prompt that was dropped is marked by `loss=False`."""
         where = f"{row.origin[0]}:{row.origin[1]}"
         captions = [s for s in row.segments if isinstance(s, str)]

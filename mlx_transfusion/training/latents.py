@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.picture_sizes import Size, named
 from mlx_transfusion.training.image_store import ImageRef
 
 FORMAT, LATENTS, CODES = "mlx-transfusion-latents", "latents", "codes"
@@ -120,6 +121,33 @@ class LatentFiles:
             cache = self._file_of.get(ref.name, first)
             out[i] = cache.load([ref], None if flips is None else [flips[i]])[0]
         return out
+
+
+def latents_by_size(files: Sequence[str], sizes: Sequence[Size], channels: int) -> dict[Size, LatentFiles]:
+    """The files of each size (height, width) that a model learns; all are of one autoencoder.
+
+    Raises UserError for bad files, for one of no such size, and for a size without a file.
+    """
+    if len(sizes) == 1:
+        return {sizes[0]: LatentFiles(files, (*sizes[0], channels))}
+    of_size: dict[Size, list[str]] = {size: [] for size in sizes}
+    for file in files:
+        height, width = LatentCache(file).shape[2:4]
+        if (height, width) not in of_size:
+            raise UserError(f"{file}: latents of {width}x{height}, and the model learns {named(sizes)}")
+        of_size[height, width].append(file)
+    if missing := [size for size, found in of_size.items() if not found]:
+        raise UserError(
+            f"data.latents: no file has the size {named(missing)}, which the model learns: encode one"
+        )
+    out = {size: LatentFiles(found, (*size, channels)) for size, found in of_size.items()}
+    makers = {
+        latents.fingerprint: found for latents, found in zip(out.values(), of_size.values(), strict=True)
+    }
+    if len(makers) > 1:
+        first, second = list(makers.values())[:2]
+        raise UserError(f"{first[0]} and {second[0]} are of two autoencoders: encode both with one")
+    return out
 
 
 def read_header(file: Path, what: str, remedy: str) -> tuple[dict[str, Any], int]:

@@ -5,6 +5,7 @@ A pair is a user's sentence and the picture that answers it; a text alone is a u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,12 @@ import numpy as np
 from mlx_transfusion import sequence
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.llama_painter_config import LlamaPainterConfig
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import Image, Segment, Text
 from mlx_transfusion.training.config import SourceConfig
-from mlx_transfusion.training.data import DataSet, Document
+from mlx_transfusion.training.data import PICTURE_MULTIPLE, DataSet, Document
 from mlx_transfusion.training.prefix_data import (
     COLUMN_MULTIPLE,
-    PICTURE_MULTIPLE,
     PrefixBatch,
     prefix_batch,
     prefix_of,
@@ -37,7 +38,7 @@ class PainterData(DataSet):
         super().__init__(sources, model=config.pictures, **keywords)
         self._config = config
 
-    def _layout(self, segments: Sequence[str | ImageRef], row: Row) -> list[Segment]:
+    def _layout(self, segments: Sequence[str | ImageRef], row: Row, sizes: Sequence[Size]) -> list[Segment]:
         """A turn, and the picture behind it if there is one; a pair whose text was dropped has an empty turn."""
         texts = [s for s in segments if isinstance(s, str)]
         images = len(segments) - len(texts)
@@ -50,7 +51,7 @@ class PainterData(DataSet):
         said = self._encode(texts[0]) if texts else ()
         out: list[Segment] = [Text((*c.prompt_before, *said, *c.prompt_after))]
         if images:
-            patches = c.pictures.patches_per_image
+            patches = math.prod(c.pictures.grid(sizes[0]))
             out += [Text((c.boi_token_id,)), Image(0, patches), Text((c.eoi_token_id, *c.eos_token_id[:1]))]
         if (tokens := sequence.length(out)) > self._length:
             raise UserError(

@@ -19,6 +19,8 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.training.image_store import IMAGE_FORMATS, ImageRef
 
 BYTES_PER_GIB = 1 << 30
+ORIENTATION = 0x0112
+"""The EXIF tag."""
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -36,6 +38,16 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     ) as error:  # Pillow's readers raise SyntaxError, struct.error and others for corrupt files
         reason = str(error).split(" <_io")[0]
         raise UserError(f"{name}: cannot decode the image: {reason or type(error).__name__}") from error
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of an image file as `decode_image` gives it, from its header. Raises UserError with `name`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            lies = image.getexif().get(ORIENTATION, 1) >= 5  # the camera was turned by 90 degrees
+            return (image.width, image.height) if lies else (image.height, image.width)
+    except Exception as error:
+        raise UserError(f"{name}: cannot decode the image: {type(error).__name__}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,12 +12,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_transfusion import noise, sequence
+from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import Image, Text
-from mlx_transfusion.training.data import TOKEN_MULTIPLE, Batch, DataSet, Document, Pictures
+from mlx_transfusion.training.data import (
+    PICTURE_MULTIPLE,
+    TOKEN_MULTIPLE,
+    Batch,
+    DataSet,
+    Document,
+    Pictures,
+    filled_up,
+)
 
-PICTURE_MULTIPLE = 8
-"""Steps of the number of pictures, and COLUMN_MULTIPLE of prefix lengths: compiled shapes stay few."""
 COLUMN_MULTIPLE = 4
+"""Step of prefix lengths, as PICTURE_MULTIPLE is of the number of pictures: compiled shapes stay few."""
 GUIDANCE_STREAM = "train/guidance"
 """The draw of a document's guidance scale, at its number (noise.py)."""
 
@@ -43,20 +51,30 @@ class PrefixBatch:
     """Tokens of one picture."""
     rest: Batch | None
     """The other documents: text alone, text behind a picture, several pictures."""
+    size: Size | None = None
+    """(height, width) of the pictures, in elements; None of the model's own."""
     guidance: np.ndarray | None = None
     """Guidance scale of each picture, where they have scales of their own. float32 [M]"""
+    more: tuple[PrefixBatch, ...] = ()
+    """The pictures of the model's further sizes; `rest` stands here alone."""
+
+    @property
+    def groups(self) -> tuple[PrefixBatch, ...]:
+        """The pictures of each size."""
+        return self, *self.more
 
     @property
     def text_targets(self) -> int:
         """Number of tokens in the language-model loss."""
-        return int(self.text_weight.sum()) + (self.rest.text_targets if self.rest else 0)
+        more = sum(batch.text_targets for batch in self.more)
+        return int(self.text_weight.sum()) + (self.rest.text_targets if self.rest else 0) + more
 
     @property
     def tokens(self) -> int:
         """Number of positions that are not padding."""
         real = int(self.weight.sum())
         own = int(self.lengths[:real].sum()) + real * self.patches
-        return own + (self.rest.tokens if self.rest else 0)
+        return own + (self.rest.tokens if self.rest else 0) + sum(batch.tokens for batch in self.more)
 
 
 def prefix_of(document: Document) -> list[int] | None:
@@ -73,11 +91,26 @@ def count(data: DataSet, document: Document) -> tuple[int, int]:
     return (data.count(document)[0], 0) if prefix is None else (len(prefix) - 1, 1)
 
 
-def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) -> PrefixBatch:
-    """Split documents into pictures behind prefixes and the rest, and load everything."""
+def prefix_batch(
+    data: DataSet, documents: Sequence[Document], pad_id: int = 0, sizes: Sequence[Size | None] = (None,)
+) -> PrefixBatch:
+    """Split documents into pictures behind prefixes and the rest, and load everything.
+
+    sizes: all that the model learns, where they are several.
+    """
     prefixes = [prefix_of(d) for d in documents]
     painted = [(d, p) for d, p in zip(documents, prefixes, strict=True) if p is not None]
     rest = [d for d, p in zip(documents, prefixes, strict=True) if p is None]
+    groups = [
+        _painted(data, [(d, p) for d, p in painted if of_size([d], size)], pad_id, size) for size in sizes
+    ]
+    return replace(groups[0], rest=filled(data.batch(rest)) if rest else None, more=tuple(groups[1:]))
+
+
+def _painted(
+    data: DataSet, painted: Sequence[tuple[Document, list[int]]], pad_id: int, size: Size | None
+) -> PrefixBatch:
+    """The pictures of one size behind their prefixes."""
     rows = sequence.bucket(len(painted), PICTURE_MULTIPLE)
     columns = sequence.bucket(max((len(p) for _, p in painted), default=1), COLUMN_MULTIPLE)
     ids = np.full((rows, columns), pad_id, np.int32)
@@ -86,10 +119,10 @@ def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) 
         ids[row, : len(prefix)] = prefix
         lengths[row] = len(prefix)
     at = [row * columns + i for row, (_, p) in enumerate(painted) for i in range(len(p) - 1)]
-    size = sequence.bucket(len(at), TOKEN_MULTIPLE)
-    index = np.pad(np.array(at, np.int32), (0, size - len(at)))
+    tokens = sequence.bucket(len(at), TOKEN_MULTIPLE)
+    index = np.pad(np.array(at, np.int32), (0, tokens - len(at)))
     patches = next((s.patches for d, _ in painted for s in d.segments if isinstance(s, Image)), 0)
-    pictures = _padded(data.pictures([d for d, _ in painted]), rows)
+    pictures = filled_up(data.pictures([d for d, _ in painted], size), rows)
     return PrefixBatch(
         ids,
         lengths,
@@ -97,10 +130,16 @@ def prefix_batch(data: DataSet, documents: Sequence[Document], pad_id: int = 0) 
         pictures,
         index,
         ids.reshape(-1)[np.minimum(index + 1, ids.size - 1)],
-        (np.arange(size) < len(at)).astype(np.float32),
+        (np.arange(tokens) < len(at)).astype(np.float32),
         patches,
-        filled(data.batch(rest)) if rest else None,
+        None,
+        size,
     )
+
+
+def of_size(documents: Sequence[Document], size: Size | None) -> list[Document]:
+    """The documents with a picture of that size; None: all."""
+    return [d for d in documents if size in (None, *d.sizes)]
 
 
 def guidance_scales(
@@ -120,17 +159,11 @@ def guidance_scales(
 def filled(batch: Batch) -> Batch:
     """A batch with unused pictures that fill up their number, which would otherwise differ from step to step."""
     count = len(batch.angle)
-    if not count:
+    if not count or batch.more:  # pictures of several sizes are filled up already
         return batch
     wanted = sequence.bucket(count, PICTURE_MULTIPLE)
     packed = batch.packed
     patches = len(packed.patch_index) // count
     index = np.pad(packed.patch_index, (0, (wanted - count) * patches))
-    filled = _padded(Pictures(batch.pixels, batch.noise, batch.angle), wanted)
+    filled = filled_up(batch.groups[0], wanted)
     return Batch(replace(packed, patch_index=index), *filled)
-
-
-def _padded(pictures: Pictures, rows: int) -> Pictures:
-    """Black pictures without noise fill up the rows."""
-    missing = rows - len(pictures.angle)
-    return Pictures(*(np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in pictures))

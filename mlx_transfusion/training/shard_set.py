@@ -18,6 +18,7 @@ import numpy as np
 from mlx_transfusion import noise, sequence
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.picture_sizes import named
 from mlx_transfusion.sequence import Image, Segment, Text
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import shard_files
@@ -197,7 +198,14 @@ class ShardSet:
 
 
 def recipe_of(model: ModelConfig, tokenizer: Tokenizer, sequence_length: int) -> dict[str, Any]:
-    """What shards for a model have in their recipe: they are read by no other."""
+    """What shards for a model have in their recipe: they are read by no other.
+
+    Raises UserError for a model of several picture sizes, of which they hold one.
+    """
+    if len(model.sizes) > 1:
+        raise UserError(
+            f"shards hold pictures of one size, and the model learns {named(model.sizes)}: train on rows instead"
+        )
     return {
         "tokenizer": tokenizer.fingerprint,
         "sequence_length": sequence_length,

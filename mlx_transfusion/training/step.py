@@ -19,24 +19,25 @@ from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import read_model
 from mlx_transfusion.training.config import TrainConfig
-from mlx_transfusion.training.data import Batch
+from mlx_transfusion.training.data import Batch, Pictures
 from mlx_transfusion.training.optimizer import ema_update
 from mlx_transfusion.training.signals import Signals
 
 Tree = Any
 
 
-def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, mx.array, mx.array]:
+Targets = tuple[mx.array, ...]
+"""What the model's predictions are compared with: [M, N, P] of each size."""
+
+
+def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, Targets, mx.array, mx.array]:
     """Noise the pictures (before patchifying, arXiv 2408.11039, 3.2) and turn a batch into mlx arrays.
 
-    Returns the model's input, the target of its prediction [M, N, P], and text targets and weights [K].
+    Returns the model's input, the targets of its predictions, and text targets and weights [K].
     """
     c, p = model.config, batch.packed
-    x0 = clean_patches(model, batch.pixels)
-    z = patchify(mx.array(batch.noise), c.patch_size)
-    angle = mx.array(batch.angle)
-    per_patch = angle[:, None, None]
-    target = z if c.prediction == "epsilon" else trigflow.velocity_target(x0, z, per_patch)
+    groups = [_noised(pictures, model) for pictures in batch.groups]
+    patches, angle, _ = groups[0]
     arrays = TrainArrays(
         ids=mx.array(p.ids),
         is_image=mx.array((p.modality == sequence.IMAGE)[..., None]),
@@ -44,10 +45,28 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, mx.array, 
         patch_index=mx.array(p.patch_index),
         text_index=mx.array(p.text_index),
         mask=mx.array(sequence.attention_mask(p.document, p.image, c.bidirectional)),
-        patches=trigflow.mix(x0, z, per_patch),
+        patches=patches,
         angle=angle,
+        more=tuple((x, a) for x, a, _ in groups[1:]),
     )
-    return arrays, target, mx.array(p.text_target), mx.array(p.text_weight)
+    targets = tuple(target for *_, target in groups)
+    return arrays, targets, mx.array(p.text_target), mx.array(p.text_weight)
+
+
+def _noised(pictures: Pictures, model: Transfusion) -> tuple[mx.array, mx.array, mx.array]:
+    """Noisy patches [M, N, P], angles [M], and what the network is to predict [M, N, P]."""
+    x0 = clean_patches(model, pictures.pixels)
+    z = patchify(mx.array(pictures.noise), model.config.patch_size)
+    angle = mx.array(pictures.angle)
+    a = angle[:, None, None]
+    target = z if model.config.prediction == "epsilon" else trigflow.velocity_target(x0, z, a)
+    return trigflow.mix(x0, z, a), angle, target
+
+
+def in_precision(batch: TrainArrays, dtype: mx.Dtype) -> TrainArrays:
+    """The same with patches in another precision."""
+    more = tuple((patches.astype(dtype), angle) for patches, angle in batch.more)
+    return batch._replace(patches=batch.patches.astype(dtype), more=more)
 
 
 def clean_patches(model: Transfusion, pictures: np.ndarray) -> mx.array:
@@ -79,9 +98,9 @@ class Step:
         """The part of the trained weights that is the model."""
         return weights
 
-    def forward(self, batch: TrainArrays) -> tuple[mx.array, mx.array]:
-        """The model on packed rows: logits [K, V] and predictions [M, N, P]."""
-        return self._model(batch)
+    def forward(self, batch: TrainArrays) -> tuple[mx.array, list[mx.array]]:
+        """The model on packed rows: logits [K, V], and predictions [M, N, P] of each size."""
+        return self._model.predict(batch)
 
     def save(
         self, folder: Path, model: Transfusion, tokenizer: Tokenizer, extra: Mapping[str, Any] | None
@@ -109,9 +128,9 @@ class Step:
         The totals are those of the whole optimiser step (all processes and accumulated parts), so that parts
         simply add up, weighted by their tokens. Returns (gradients, [text loss sum, image loss sum]).
         """
-        arrays, target, text_target, text_weight = to_arrays(batch, self._model)
+        arrays, targets, text_target, text_weight = to_arrays(batch, self._model)
         scale = mx.array([1 / max(1, text_total), self._config.image_loss_weight / max(1, image_total)])
-        gradients, sums = self._gradients(weights, tuple(arrays), target, text_target, text_weight, scale)
+        gradients, sums = self._gradients(weights, tuple(arrays), targets, text_target, text_weight, scale)
         return gradients, sums
 
     def loss(self, text: float, image: float, text_total: int, image_total: int) -> float:
@@ -141,8 +160,8 @@ class Step:
     def _plain_gradients(
         self,
         weights: Tree,
-        arrays: tuple[mx.array, ...],
-        target: mx.array,
+        arrays: tuple[Any, ...],
+        targets: Targets,
         text_target: mx.array,
         text_weight: mx.array,
         scale: mx.array,
@@ -150,9 +169,9 @@ class Step:
         def objective(w: Tree) -> tuple[mx.array, mx.array]:
             self._model.update(cast(w, self._dtype))
             batch = TrainArrays(*arrays)
-            logits, prediction = self.forward(batch._replace(patches=batch.patches.astype(self._dtype)))
+            logits, predictions = self.forward(in_precision(batch, self._dtype))
             text = losses.text_loss(logits.astype(mx.float32), text_target, text_weight)
-            image = image_loss(prediction.astype(mx.float32), target, batch.angle)
+            image = image_loss([p.astype(mx.float32) for p in predictions], targets, batch)
             sums = mx.stack([text, image])
             return (sums * scale).sum(), sums
 
@@ -172,9 +191,16 @@ class Step:
         return weights, ema_update(ema, self.model_weights(weights), decay), norm
 
 
-def image_loss(prediction: mx.array, target: mx.array, angle: mx.array) -> mx.array:
-    """Summed squared error of pictures [M, N, P] at angles [M]; a clean one, angle 0, is context and not learned."""
-    return (losses.image_errors(prediction, target) * (angle > 0)).sum()
+def image_loss(predictions: Sequence[mx.array], targets: Targets, batch: TrainArrays) -> mx.array:
+    """Summed squared error of the pictures [M, N, P] of each size; a clean one, angle 0, is context and not learned.
+
+    Every picture counts the same, however large.
+    """
+    each = [
+        (losses.image_errors(prediction, target) * (angle > 0)).sum()
+        for prediction, target, (_, angle) in zip(predictions, targets, batch.groups, strict=True)
+    ]
+    return sum(each[1:], each[0])
 
 
 def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
@@ -185,11 +211,12 @@ def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
 def evaluate_batch(
     model: Transfusion,
     batch: Batch,
-    forward: Callable[[TrainArrays], tuple[mx.array, mx.array]] | None = None,
+    forward: Callable[[TrainArrays], tuple[mx.array, list[mx.array]]] | None = None,
 ) -> np.ndarray:
     """[text loss sum in nats, text tokens, image loss sum, images] of one batch without gradients."""
-    arrays, target, text_target, text_weight = to_arrays(batch, model)
-    logits, prediction = (forward or model)(arrays)
+    arrays, targets, text_target, text_weight = to_arrays(batch, model)
+    logits, predictions = (forward or model.predict)(arrays)
     text = losses.text_loss(logits, text_target, text_weight)
-    image = image_loss(prediction, target, arrays.angle)
-    return np.array([text.item(), batch.text_targets, image.item(), (batch.angle > 0).sum()])
+    image = image_loss(predictions, targets, arrays)
+    pictures = sum((group.angle > 0).sum() for group in batch.groups)
+    return np.array([text.item(), batch.text_targets, image.item(), pictures])

@@ -130,7 +130,7 @@ def test_the_objective_is_the_weighted_sum_of_the_two_means(config: MakeConfig) 
     data, model = trainer.train_data, trainer.model
     documents = data.documents(0, 9)
     batch = data.batch(documents)
-    arrays, target, text_target, text_weight = to_arrays(batch, model)
+    arrays, (target,), text_target, text_weight = to_arrays(batch, model)
     weights = tree_map(
         lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), trainer.state.weights
     )
