@@ -50,7 +50,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,14 @@ def main() -> int:
     busy = NO_VERDICT if load > BUSY else ""
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
-        rounds.append(one_round(options, number))
-        # After each round, so that a run that is cut off leaves what it has.
-        if options.document is not None:
-            write_text(options.document, document.document(rounds, facts, busy))
-        if options.output is not None:
-            write(options.output, {"machine": facts, "ratios": plain(rounds), "rounds": rounds})
+        rounds.append({})
+        for worker, result in one_round(options, number):
+            rounds[-1][worker] = result
+            # After each worker, so that a run that is cut off leaves what it has.
+            if options.document is not None:
+                write_text(options.document, document.document(rounds, facts, busy))
+            if options.output is not None:
+                write(options.output, {"machine": facts, "ratios": plain(rounds), "rounds": rounds})
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     if complete(rounds):
         print(f"\n{table(only_peers(rounds))}")
@@ -136,19 +138,17 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def one_round(options: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
-    """What each worker of the chosen sections printed."""
-    out: dict[str, dict[str, Any]] = {}
+def one_round(options: argparse.Namespace, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The workers of the chosen sections, and what each printed."""
     for section in options.only:
         if number and section in ONCE:
             continue
         if section == "text":
-            out |= {"text": text(options)}
+            yield section, text(options)
             continue
         for worker, command in commands(section, options).items():
             say(f"  {worker}")
-            out[worker] = attempt(command, options.threads)
-    return out
+            yield worker, attempt(command, options.threads)
 
 
 def commands(section: str, options: argparse.Namespace) -> dict[str, list[str]]:
