@@ -115,7 +115,7 @@ def test_a_dry_run_with_shared_blocks(rank: int) -> None:
 
 @pytest.mark.parametrize("config", FULL, ids=lambda p: p.stem)
 def test_the_papers_configs_have_its_numbers(config: Path, cli: Callable[..., Any]) -> None:
-    done = cli("plan", config, "--gpus", 64, "--json")
+    done = cli("plan", config, "--gpus", 64, "--json", "--set", "accumulate=1")
     assert done.code == 0, done.err
     p = json.loads(done.out)
     large = config.stem.endswith("2t")

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.torch.faults import LOST, lost_process
 from mlx_transfusion.torch.optimizer import Average
 
 PREFIX, TEMPORARY, STATE = "step-", ".writing-", "state.json"
@@ -240,6 +241,8 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _complaint(target: Path, error: BaseException) -> str:
+    if lost_process(error):
+        return f"{target}: not saved: {LOST}"
     reason = (
         getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     )

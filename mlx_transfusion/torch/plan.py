@@ -1,21 +1,24 @@
 """What a run will take before it is started: memory, operations, time, money, checkpoints, data.
 
 Pure arithmetic on a training TOML; no PyTorch, no GPU, no data. A source with images is taken to be pairs with
-captions of a stated length, one without images to be text that fills its rows.
+captions of a stated length, one without images to be text that fills its rows; shards with pictures to be filled with
+such pairs, and shards without to be one text each sequence.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.flops import Work, document_pairs, step_flops
 from mlx_transfusion.torch import memory as mem
-from mlx_transfusion.training.config import TrainConfig, model_config
+from mlx_transfusion.training.config import SourceConfig, TrainConfig, model_config
 from mlx_transfusion.training.data import shares
+from mlx_transfusion.training.shard_files import read_index
 
 GIB = 1 << 30
 SPECIAL = ("pad", "bos", "eos", "unk", "boi", "eoi")
@@ -92,6 +95,16 @@ def step_work(config: TrainConfig, model: ModelConfig, caption: int) -> Work:
     positions = pairs = targets = pictures = 0
     n = model.patches_per_image
     for source, count in zip(config.data.train, counts, strict=True):
+        if source.shards is not None:
+            fit = (
+                config.sequence_length // (caption + n + 4) if _has_pictures(source) else 0
+            )  # BOS BOI EOI EOS
+            rest = config.sequence_length - fit * (caption + n + 4)
+            positions += count * config.sequence_length
+            pairs += count * (fit * document_pairs(caption + n + 4, n) + document_pairs(rest))
+            targets += count * (fit * (caption + 2) + max(0, rest - 1))
+            pictures += count * fit
+            continue
         if source.images is None:
             length, patches, text = config.sequence_length, 0, config.sequence_length - 1
         else:
@@ -105,6 +118,19 @@ def step_work(config: TrainConfig, model: ModelConfig, caption: int) -> Work:
         pairs += count * document_pairs(length, patches if model.bidirectional else 0)
         targets += count * text
     return Work(positions, pairs, targets, pictures)
+
+
+def _has_pictures(source: SourceConfig) -> bool:
+    """What the config says of a folder of shards, or else the folder itself."""
+    if source.pictures is not None:
+        return source.pictures
+    try:
+        shards = read_index(Path(str(source.shards)))["shards"]
+    except UserError as error:
+        raise UserError(
+            f"{error}; or say pictures = true or false beside shards, to plan without them"
+        ) from error
+    return any(shard["pictures"] for shard in shards)
 
 
 def plan(config: TrainConfig, given: Assumptions) -> dict[str, Any]:

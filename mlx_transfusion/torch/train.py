@@ -11,10 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.torch.faults import LOST, lost_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run the command; returns the exit code: 0, 130 after Ctrl-C, and after one line on stderr 2 for bad input and 1
+    where another process is gone.
+    """
     given = _parser().parse_args(arguments)
     try:
         path = _train(given)
@@ -23,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        print(f"error: {LOST}", file=sys.stderr)
+        return 1
     if os.environ.get("RANK", "0") == "0":
         print(path)
     return 0
