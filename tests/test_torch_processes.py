@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,8 +82,8 @@ def test_one_of_two_is_killed_and_two_go_on_exactly(toml: Path, whole: Path, tmp
     wait_for(lambda: bool(checkpoints(tmp_path / "torch")), both)
     os.kill(second, signal.SIGKILL)
     told = both.communicate(timeout=240)[1]  # the first cannot go on alone, and must not wait for ever
-    assert f"ended with [1, -{signal.SIGKILL:d}]" in told
-    assert "error: another process of the run is gone" in told
+    assert re.search(rf"ended with \[[12], -{signal.SIGKILL:d}\]", told)
+    assert re.search("^error: .*another process of the run is gone", told, re.MULTILINE)
     done = checkpoints(tmp_path / "torch")[-1]
     assert done.name != "step-00000008"
     assert f"resumed from {done} (2 processes wrote it)" in finish(start(job(toml, tmp_path, 2, "steps=8")))
