@@ -15,8 +15,8 @@ from mlx_transfusion.torch.faults import LOST, lost_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 130 after Ctrl-C, and after one line on stderr 2 for bad input and for
-    a checkpoint that cannot be saved, 1 where another process is gone.
+    """Run the command; returns the exit code: 0, 130 after Ctrl-C, and after one line on stderr 2 for bad input and
+    for a checkpoint that cannot be saved, 1 where another process is gone.
     """
     given = _parser().parse_args(arguments)
     try:
