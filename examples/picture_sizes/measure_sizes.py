@@ -8,6 +8,8 @@ validation pictures, brought to every size in turn, with the same noise for both
 
 from __future__ import annotations
 
+import mlx_transfusion  # noqa: F401  # isort: skip  (before mlx, for which it loads a BLAS)
+
 import sys
 from pathlib import Path
 
