@@ -6,8 +6,10 @@ The processes are forked from one with the variables that torchrun sets, which s
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -31,6 +33,16 @@ import time
 from mlx_transfusion.torch.loader import Loader
 load = Loader.load
 Loader.load = lambda self, step: (time.sleep(0.3 * (step > 2)), load(self, step))[1]
+"""
+STUCK_IN_BACKGROUND = """
+import time
+from torch.distributed.checkpoint import FileSystemWriter
+write = FileSystemWriter.write_data
+def stuck(self, *arguments):
+    if "step-00000004" in str(self.path):
+        time.sleep(60)
+    return write(self, *arguments)
+FileSystemWriter.write_data = stuck
 """
 STUCK_WRITE = """
 import time, mlx_transfusion.torch.checkpoint as checkpoint
@@ -95,3 +107,34 @@ def test_both_are_killed_while_they_save_and_one_goes_on(toml: Path, whole: Path
     assert "step-00000002 (2 processes wrote it)" in finish(start(job(toml, tmp_path, 1, "steps=8")))
     assert not unfinished.exists()
     assert run_losses(tmp_path) == pytest.approx(run_losses(whole), rel=1e-5)
+
+
+def test_both_are_killed_while_they_save_in_the_background(toml: Path, whole: Path, tmp_path: Path) -> None:
+    """Training goes on beside the writing; what was being written does not count."""
+    flags = ("--background-save",)
+    both = start(job(toml, tmp_path, 2, "steps=8", before=STUCK_IN_BACKGROUND, flags=flags))
+    ids = started(both)
+    metrics, unfinished = tmp_path / "metrics.jsonl", tmp_path / "torch/.writing-step-00000004"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 4, both)
+    assert unfinished.is_dir()
+    for one in ids:
+        os.kill(one, signal.SIGKILL)
+    both.communicate()
+    assert [p.name for p in checkpoints(tmp_path / "torch")] == ["step-00000002"]
+    assert "step-00000002 (2 processes wrote it)" in finish(start(job(toml, tmp_path, 1, "steps=8")))
+    assert run_losses(tmp_path) == pytest.approx(run_losses(whole), rel=1e-5)
+
+
+def test_the_newest_checkpoint_is_damaged(toml: Path, whole: Path, tmp_path: Path) -> None:
+    """In a part that the second process checks: both go back to the one before, and say so."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    newest = checkpoints(tmp_path / "torch")[-1]
+    names = sorted(json.loads((newest / "state.json").read_text())["files"])
+    part = newest / names[1]
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    told = finish(start(job(toml, tmp_path, 2, "steps=8")))
+    assert (
+        f"{newest}: damaged ({names[1]} does not have the check sum it was written with): going back" in told
+    )
+    assert "resumed from" in told
+    assert run_losses(tmp_path) == run_losses(whole)
