@@ -22,7 +22,7 @@ import numpy as np
 from mlx_transfusion import sampling
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import GeneratedImage, Step
-from mlx_transfusion.images import ImageLike, load_for
+from mlx_transfusion.images import ImageLike, load_for, load_pixels
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import PictureFamily
@@ -69,7 +69,7 @@ def edit_images(
             f"model {loaded.name} writes its pictures as tokens, and an edit needs a diffusion model"
         )
     check_image_guidance(loaded, resolved, image_guidance)
-    sources = [load_for(loaded.pictures, edit.source) for edit in edits]
+    sources = [load_source(loaded.pictures, edit.source) for edit in edits]
     instructions = [_instruction(loaded, edit.instruction) for edit in edits]
     done: list[GeneratedImage] = []
     targets = [_target(loaded.pictures, source, size) for source in sources]
@@ -113,6 +113,12 @@ def _batches(targets: Sequence[Size], count: int) -> Iterator[tuple[Size, list[i
         yield from ((target, rows[at : at + count]) for at in range(0, len(rows), count))
 
 
+def load_source(model: PictureFamily, image: ImageLike) -> np.ndarray:
+    """A picture to edit as the model reads it: uint8 [H, W, 3]. Raises UserError when it is no readable image."""
+    size = model.edit_size
+    return load_for(model, image) if size is None else load_pixels(image, *size)
+
+
 def check_image_guidance(loaded: Loaded, settings: ResolvedSettings, image_guidance: float) -> None:
     """Raises UserError for a scale out of range and for guidance that the model or the editor has no place for."""
     if not (math.isfinite(image_guidance) and image_guidance >= 0):
@@ -151,25 +157,6 @@ def _instruction(loaded: Loaded, text: str) -> list[int]:
     return ids
 
 
-def _read(model: PictureFamily, source: np.ndarray | None, instruction: Sequence[int]) -> KVCache:
-    """Keys and values of one document up to BOI of the new picture."""
-    layout = model.config.layout
-    cache = model.new_cache(1)
-
-    def read(ids: Sequence[int | None]) -> None:
-        real = [i for i in ids if i is not None]
-        if real:
-            model.extend_text(np.array([real], np.int32), np.array([len(real)]), cache)
-
-    if source is None:
-        read([layout.bos, *instruction, layout.boi])
-        return cache
-    read([layout.bos])
-    model.read_picture(mx.array(source[None].astype(np.float32) / 255), cache)
-    read([*instruction, layout.boi])
-    return cache
-
-
 def _velocity(
     model: PictureFamily,
     documents: Sequence[tuple[np.ndarray, list[int]]],
@@ -180,11 +167,13 @@ def _velocity(
     b = len(documents)
     text = sampling.Guidance(settings.guidance, settings.guidance_interval)
     image = sampling.Guidance(image_guidance, settings.guidance_interval)
-    caches = [_stacked([_read(model, source, ids) for source, ids in documents])]
+    sources = [mx.array(source[None].astype(np.float32) / 255) for source, _ in documents]
+    texts = [ids for _, ids in documents]
+    caches = [_stacked([model.read_edit(p, ids) for p, ids in zip(sources, texts, strict=True)])]
     if text.scale != 1 or image.scale != 1:
-        caches.append(_stacked([_read(model, source, []) for source, _ in documents]))
+        caches.append(_stacked([model.read_edit(p, []) for p in sources]))
     if image.scale != 1:
-        caches.append(_read(model, None, []).select([0] * b))
+        caches.append(_stacked([model.read_edit(None, model.unpictured(ids)) for ids in texts]))
     every = reduce(KVCache.stack, caches)
 
     def velocity(x: mx.array, angle: float) -> mx.array:
@@ -194,8 +183,8 @@ def _velocity(
         n = len(caches)
         v = model.velocity(mx.concatenate([x] * n), mx.full((n * b,), angle), every)
         full, source, *nothing = mx.split(v, n)
-        guided = sampling.guided(full, source, text.scale)
-        return guided if not nothing else guided + (image.scale - 1) * (source - nothing[0])
+        scales = text.scale, image.scale
+        return model.guided_edit(full, source, nothing[0] if nothing else None, scales, x, angle)
 
     return velocity
 

@@ -15,7 +15,7 @@ import tokenizers
 from converted_tools import Cli, assert_paints, assert_refused, byte_tokenizer, convert_by_verb, dry_runs
 from PIL import Image
 
-from mlx_transfusion import generate_images
+from mlx_transfusion import generate_images, trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.interleave import complete, describe
 from mlx_transfusion.model_io import flat_parameters, load
@@ -283,6 +283,37 @@ def test_it_edits(converted: Path) -> None:
         painted.append(x0)
     for other in painted[1:]:
         assert float(mx.abs(painted[0] - other).max()) > 0.05
+
+
+def test_the_verb_edits_as_the_official_program_does(cli: Cli, converted: Path, tmp_path: Path) -> None:
+    """Its three contexts and its guidance, behind the samplers of all families."""
+    loaded = load(converted)
+    model = loaded.pictures
+    assert isinstance(model, Bagel)
+    levels = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+    pixels, ids = mx.array(levels[None].astype(np.float32) / 255), loaded.tokenizer.encode("red")
+    ours = [
+        model.read_edit(pixels, ids),
+        model.read_edit(pixels, []),
+        model.read_edit(None, model.unpictured(ids)),
+    ]
+    x, angle = mx.random.normal((1, *model.latent_shape), key=mx.random.key(2)), 1.2
+    full, source, nothing = (model.velocity(x, mx.array([angle]), cache) for cache in ours)
+    made = model.guided_edit(full, source, nothing, (2.0, 1.5), x, angle)
+    state, _, t = trigflow.trigflow_to_flow(x, full, angle)
+    flows = [model.flow(state, mx.array([t]), c) for c in edit_contexts(model, pixels, ids)]
+    wanted = trigflow.flow_to_trigflow(state, BagelGuidance(2.0, 1.5)(*flows), t)[1]
+    np.testing.assert_allclose(made, wanted, atol=1e-4)
+
+    file, out = tmp_path / "source.png", tmp_path / "out.png"
+    Image.fromarray(levels).save(file)
+    flags = ["--model", converted, "--seed", 1, "--steps", 2, "--guidance", 2, "--image-guidance", 1.5]
+    edited = cli("edit", file, "make it red", *flags, "--output", out)
+    assert edited.code == 0, edited.err
+    again = cli("edit", file, "--from", out, "--model", converted, "--output", tmp_path / "again.png")
+    assert again.code == 0, again.err
+    assert Image.open(out).size == (32, 24)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(tmp_path / "again.png")))
 
 
 def test_encode_and_decode_are_each_others_shapes(converted: Path) -> None:

@@ -55,8 +55,8 @@ def edit(
 ) -> None:
     """Change a picture as an instruction says; prints the name of each file.
 
-    The model has to be one that was trained on edits (`finetune` on rows {"source", "instruction", "target"}). The
-    PNG carries its settings; `--from` repeats it from the same IMAGE.
+    The model has to be one that was trained on edits: a converted BAGEL, or one of `finetune` on rows
+    {"source", "instruction", "target"}. The PNG carries its settings; `--from` repeats it from the same IMAGE.
     """
     if (instruction is None) == (repeat is None):
         raise UserError("give either an INSTRUCTION or --from FILE.png")
@@ -83,13 +83,13 @@ def edit(
     seeds = choose_seeds(seeds, num_images)
 
     from mlx_transfusion.adapters import load_adapted
-    from mlx_transfusion.editing import IMAGE_GUIDANCE, Edit, edit_images, source_hash
-    from mlx_transfusion.images import check_folder, load_for
+    from mlx_transfusion.editing import IMAGE_GUIDANCE, Edit, edit_images, load_source, source_hash
+    from mlx_transfusion.images import check_folder
 
     output = picture_path(output)
     check_folder(output.parent)
     loaded = load_adapted(model, adapter or [])
-    pixels = load_for(loaded.pictures, image)
+    pixels = load_source(loaded.pictures, image)
     size = _size(loaded, pixels, width, height)
     if repeat is not None:
         _check_same(repeat, record, loaded, source_hash(pixels))

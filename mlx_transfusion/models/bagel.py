@@ -203,6 +203,43 @@ class Bagel(PictureFamily):
         self.read_latents(self.encode(pixels), cache)
         self.read_picture(self._fitted(pixels), cache)
 
+    @property
+    def edit_size(self) -> tuple[int, int]:
+        """A picture is edited in the size that is painted."""
+        return self.picture_size
+
+    def read_edit(self, pixels: mx.array | None, ids: Sequence[int]) -> KVCache:
+        """The source's two blocks, and the instruction's where there is one."""
+        cache = self.new_cache(1)
+        if pixels is not None:
+            self.read_source(pixels, cache)
+        if ids:
+            block = self.image_prefix(ids)
+            self.extend_text(np.array([block]), np.array([len(block)]), cache)
+        return cache
+
+    def unpictured(self, ids: Sequence[int]) -> Sequence[int]:
+        """All of it: the source's guidance leads away from the instruction alone."""
+        return ids
+
+    def guided_edit(
+        self,
+        full: mx.array,
+        source: mx.array,
+        nothing: mx.array | None,
+        scales: tuple[float, float],
+        x: mx.array,
+        angle: float,
+    ) -> mx.array:
+        """The official guidance, between velocities of the flow, no longer than without guidance."""
+        state, v, t = trigflow.trigflow_to_flow(x, full, angle)
+        without_text, without_image = (
+            None if u is None else trigflow.trigflow_to_flow(x, u, angle)[1] for u in (source, nothing)
+        )
+        assert without_text is not None
+        guided = BagelGuidance(text_scale=scales[0], image_scale=scales[1])(v, without_text, without_image)
+        return trigflow.flow_to_trigflow(state, guided, t)[1]
+
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels [B, H, W, 3] in [0, 1] -> normalised latents in patches [B, N, P]: the means of their distributions.
 

@@ -193,6 +193,52 @@ class PictureFamily(TextFamily):
         """
         return sampling.guided(conditional, unconditional, scale)
 
+    @property
+    def edit_size(self) -> tuple[int, int] | None:
+        """(height, width) that a picture is brought to before it is edited; None: as any other that is read."""
+        return None
+
+    def read_edit(self, pixels: mx.array | None, ids: Sequence[int]) -> KVCache:
+        """Keys and values of an edit up to the new picture: BOS, the source [1, H, W, 3] in [0, 1], ids, BOI.
+
+        Without a source BOS, ids and BOI.
+        """
+        layout, cache = self.config.layout, self.new_cache(1)
+
+        def read(given: Sequence[int | None]) -> None:
+            real = [i for i in given if i is not None]
+            if real:
+                self.extend_text(np.array([real], np.int32), np.array([len(real)]), cache)
+
+        if pixels is None:
+            read([layout.bos, *ids, layout.boi])
+            return cache
+        read([layout.bos])
+        self.read_picture(pixels, cache)
+        read([*ids, layout.boi])
+        return cache
+
+    def unpictured(self, ids: Sequence[int]) -> Sequence[int]:
+        """What of an instruction is read where guidance by the source leads away from a document without it."""
+        return []
+
+    def guided_edit(
+        self,
+        full: mx.array,
+        source: mx.array,
+        nothing: mx.array | None,
+        scales: tuple[float, float],
+        x: mx.array,
+        angle: float,
+    ) -> mx.array:
+        """Both guidances of an edit (arXiv 2211.09800, equation 3), of velocities [B, N, P].
+
+        full, source, nothing: seen after all, after the source alone, and after what `unpictured` leaves (None where
+        the second scale is 1). scales: of the instruction, and of the source. x, angle: the states they are at.
+        """
+        out = sampling.guided(full, source, scales[0])
+        return out if nothing is None else out + (scales[1] - 1) * (source - nothing)
+
     def extend_image(self, x0: mx.array, cache: KVCache) -> None:
         """Read the finished picture [B, N, P] that was painted after BOI, so that what follows sees it.
 
