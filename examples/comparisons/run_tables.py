@@ -205,13 +205,16 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of comparisons.toml")
     parser.add_argument("--plan", action="store_true", help="only say what would run")
+    parser.add_argument("--draw", action="store_true", help="only draw what is there")
     given = parser.parse_args()
     names = table_names() if "all" in given.tables else given.tables
     results = given.results or given.output / "results"
     try:
-        if given.plan:
-            plan = read_plan()
-            plan = plan if given.seeds is None else replace(plan, seeds=tuple(given.seeds))
+        plan = read_plan()
+        plan = plan if given.seeds is None else replace(plan, seeds=tuple(given.seeds))
+        if given.draw:
+            draw({name: read_table(name) for name in names}, plan, results)
+        elif given.plan:
             show_plan(names, plan, given.output, results)
         else:
             run_tables(names, given.output, results, seeds=given.seeds)
