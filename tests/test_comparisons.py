@@ -216,7 +216,8 @@ def test_an_interval_of_one_number_a_run(tools: Any) -> None:
     assert found.value == pytest.approx(3)
     assert (found.low, found.high) == (1, 6)
     alone = tools.intervals.figure([{"value": 2.0}])
-    assert (alone.low, alone.high) == (2, 2)
+    assert not alone.spread
+    assert found.spread
 
 
 def test_weights_and_differences(tools: Any) -> None:

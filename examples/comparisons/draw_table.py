@@ -27,7 +27,7 @@ def markdown(table: Table, results: Results) -> str:
         *_titles(table),
         "seeds",
         "steps",
-        "minutes a run",
+        "processor minutes a run",
     ]
     body = []
     for row in table.rows:
@@ -112,7 +112,7 @@ def _change(table: Table, row: Row, results: Results) -> list[str] | None:
     cells = []
     for name in table.measures:
         change = difference(*(_measure(runs, name) for runs in pair))
-        mark = "**" if change.low > 0 or change.high < 0 else ""
+        mark = "**" if change.spread and (change.low > 0 or change.high < 0) else ""
         cells.append(f"{mark}{_cell(change, MEASURES[name].factor, '+')}{mark}")
     other = next(r.label for r in table.rows if r.variant == row.against)
     return [f"{row.label} minus {other}", *cells]
@@ -129,7 +129,8 @@ def _facts(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cell(f: Figure, factor: float, sign: str = "") -> str:
-    return " ".join([f"{factor * f.value:{sign}.4g}", f"[{factor * f.low:.4g}, {factor * f.high:.4g}]"])
+    value = f"{factor * f.value:{sign}.4g}"
+    return f"{value} [{factor * f.low:.4g}, {factor * f.high:.4g}]" if f.spread else value
 
 
 def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -28,6 +28,11 @@ class Figure:
     low: float
     high: float
 
+    @property
+    def spread(self) -> bool:
+        """Whether there is an interval: one number of one run has none."""
+        return self.high > self.low
+
 
 def figure(runs: Sequence[dict[str, Any]]) -> Figure:
     """Mean of a measure over the runs of a variant, one for each seed."""
