@@ -22,7 +22,6 @@ from torch.distributed.fsdp import fully_shard
 from mlx_transfusion import trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_path import resolve
-from mlx_transfusion.objective import CONSISTENCY
 from mlx_transfusion.torch import consistency, folder, losses
 from mlx_transfusion.torch.batch import encode, move, to_example
 from mlx_transfusion.torch.fused_jvp import forward_mode_attention
@@ -212,16 +211,8 @@ class ConsistencyStep(Step):
     def extra_tables(self) -> dict[str, Any]:
         """What a consistency model's config.json says about how it must be sampled, as the MLX side writes it."""
         s = self.settings
-        table: dict[str, Any] = {
-            "name": CONSISTENCY,
-            "method": "sct" if s.teacher is None else "scd",
-            "teacher": None if s.teacher is None else fingerprint(resolve(s.teacher)),
-            "guidance": 1.0 if s.teacher is None else s.guidance,
-            "angles": list(s.angles),
-        }
-        if s.guidance_range is not None:
-            table["guidance_range"] = list(s.guidance_range)
-        return {"objective": table}
+        teacher = None if s.teacher is None else fingerprint(resolve(s.teacher))
+        return {"objective": s.objective(teacher)}
 
     def signals(self) -> dict[str, float]:
         """Mean RMS of the raw tangent and of J over the first process's pictures of the newest part."""

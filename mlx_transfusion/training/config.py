@@ -14,7 +14,7 @@ from mlx_transfusion.config import ModelConfig, from_dict, preset_fields
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.discrete_config import MODEL_TYPE as DISCRETE
 from mlx_transfusion.models.discrete_config import DiscreteConfig
-from mlx_transfusion.objective import check_guidance_range
+from mlx_transfusion.objective import CONSISTENCY, check_guidance_range
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,20 @@ class ConsistencyConfig:
                 f"{self.gap_stages} is {smallest:.4g}, expected at most {_LARGEST_SHRINKAGE}: a smaller gap is "
                 "lost in float32"
             )
+
+    def objective(self, teacher: str | None) -> dict[str, Any]:
+        """The "objective" table of a student's config.json. teacher: fingerprint of its weights, None without one."""
+        continuous = "sct" if teacher is None else "scd"
+        table: dict[str, Any] = {
+            "name": CONSISTENCY,
+            "method": continuous if self.method == "scm" else self.method,
+            "teacher": teacher,
+            "guidance": 1.0 if teacher is None else self.guidance,
+            "angles": list(self.angles),
+        }
+        if self.guidance_range is not None:
+            table["guidance_range"] = list(self.guidance_range)
+        return table
 
 
 @dataclass(frozen=True)

@@ -15,30 +15,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_transfusion.config import ModelConfig, from_dict
+from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.lanes import lanes
-from mlx_transfusion.model_io import Loaded as ModelFolder
-from mlx_transfusion.model_io import load, load_config
-from mlx_transfusion.model_path import AUTOENCODER
 from mlx_transfusion.models.discrete import Discrete
-from mlx_transfusion.models.discrete_config import DiscreteConfig
-from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
-from mlx_transfusion.objective import CONSISTENCY, read_objective
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training import checkpoint as ckpt
 from mlx_transfusion.training.best import Best, write_best
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.consistency_step import ConsistencyStep
-from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.discrete_data import CodeData
-from mlx_transfusion.training.discrete_step import DiscreteStep, new_discrete
+from mlx_transfusion.training.discrete_step import DiscreteStep
 from mlx_transfusion.training.family_data import FamilyData
 from mlx_transfusion.training.family_step import FamilyStep
 from mlx_transfusion.training.interrupt import Interrupt
@@ -49,14 +42,17 @@ from mlx_transfusion.training.painter_step import PainterStep, painting_start
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
-from mlx_transfusion.training.shape import run_shape
-from mlx_transfusion.training.shard_set import ShardSet, open_data
+from mlx_transfusion.training.shard_set import open_data
 from mlx_transfusion.training.signals import Watch
+from mlx_transfusion.training.start import (
+    attach_autoencoder,
+    base_of,
+    check_latents,
+    family_of,
+    new_model,
+    teacher_of,
+)
 from mlx_transfusion.training.step import Step
-
-if TYPE_CHECKING:
-    from mlx_transfusion.finetune.base import Base
-    from mlx_transfusion.finetune.family_run import FamilyRun
 
 
 @dataclass(frozen=True)
@@ -83,18 +79,18 @@ class Trainer:
             )
         self.output = Path(config.output)
         self.painting = painting_start(config)
-        self.family = None if self.painting is not None else _family(config)
+        self.family = None if self.painting is not None else family_of(config)
         guest = self.painting or (self.family.loaded if self.family else None)
         self.tokenizer = Tokenizer.load(config.tokenizer) if guest is None else guest.tokenizer
         begun = bool(ckpt.checkpoints(self.output / "checkpoints"))
-        self.base = None if self.family else _base(config)
+        self.base = None if self.family else base_of(config)
         self.model: Any
         if guest is not None:
             self.model = guest.model
         elif self.base is not None:
             self.model = self.base.loaded.transfusion
         else:
-            self.model = _new_model(config, self.tokenizer, None if begun else config.start)
+            self.model = new_model(config, self.tokenizer, None if begun else config.start)
         if guest is None:
             self.model.gradient_checkpointing = config.gradient_checkpointing
         shared = {
@@ -116,9 +112,9 @@ class Trainer:
             rows(config.data.valid, stream="valid", **shared) if config.data.valid else None
         )
         if guest is None:
-            _attach_autoencoder(self.model, config, self.train_data)
+            attach_autoencoder(self.model, config, self.train_data)
         self.optimizer = make_optimizer(config.optimizer)
-        self.teacher = self.family.teacher if self.family else _teacher(config, self.model.config)
+        self.teacher = self.family.teacher if self.family else teacher_of(config, self.model.config)
         self.step = self._new_step()
         weights = self.step.initial_weights()
         self.optimizer.init(weights)
@@ -157,7 +153,7 @@ class Trainer:
         then = from_dict(TrainConfig, record["config"], f"{found[-1]}: the training config in it")
         check_same_run(then.to_dict(), self.config.to_dict(), found[-1])
         if self.painting is None:
-            _check_latents(self.train_data, found[-1])
+            check_latents(self.train_data, found[-1])
         state = ckpt.load_checkpoint(found[-1], self.optimizer, self.step.read_averaged)
         self.model.update(state.ema)  # with a painter this is more than what is trained
         trained = self.step.model_weights(state.weights)
@@ -327,7 +323,7 @@ class Trainer:
         """Save the averaged weights when validation says that they are the best so far."""
         self.best = self.best.observe(self.state.step, values)
         if self.best.step == self.state.step and self.is_main:
-            extra = _objective(self.config, self.teacher)
+            extra = self._objective()
             with self._averaged():
                 write_best(
                     self.output, self.best, lambda to: self.step.save(to, self.model, self.tokenizer, extra)
@@ -358,6 +354,12 @@ class Trainer:
         finally:
             self.model.update(self.step.model_weights(self.state.weights))
 
+    def _objective(self) -> dict[str, Any] | None:
+        """What a consistency model's config.json says about how it must be sampled."""
+        if self.config.consistency is None:
+            return None
+        return {"objective": self.config.consistency.objective(self.teacher and self.teacher.fingerprint)}
+
     def _save(self) -> Path:
         folder = self.output / "checkpoints"
         path = folder / f"{ckpt.PREFIX}{self.state.step:08d}"
@@ -371,7 +373,7 @@ class Trainer:
                 self.tokenizer,
                 record,
                 self.config.keep,
-                extra=_objective(self.config, self.teacher),
+                extra=self._objective(),
                 save=self.step.save,
             )
         if self.group.size() > 1:
@@ -392,152 +394,3 @@ def train(config: TrainConfig, resume: bool = True) -> Path:
             f"{trainer.output}: holds checkpoints already; resume them (--resume) or choose another output"
         )
     return trainer.run()
-
-
-def _family(config: TrainConfig) -> FamilyRun | None:
-    """The converted model that a run starts from, and what of it is trained."""
-    from mlx_transfusion.finetune.family_run import family_run  # late: fine-tuning stands above training
-
-    return family_run(config)
-
-
-def _base(config: TrainConfig) -> Base | None:
-    """The model that an adapter is trained on, with the adapter's layers in it."""
-    if config.adapter is None:
-        return None
-    if config.consistency is not None:
-        raise UserError(
-            "training config: [adapter] beside [consistency] is for converted models; of our own family give "
-            'consistency.student "painter", or extract an adapter from a student (lora extract)'
-        )
-    from mlx_transfusion.finetune.base import load_base  # late: fine-tuning stands above training
-
-    return load_base(config)
-
-
-def _new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> Transfusion | Discrete:
-    """Random weights from the seed, or those of the model `start`, which must be of the same shape."""
-    if config.model is not None:
-        shape = run_shape(config, tokenizer)
-        if isinstance(shape, DiscreteConfig):
-            return new_discrete(config, shape, start)
-    else:
-        assert config.start is not None  # checked by TrainConfig
-        shape = load_config(config.start)
-        if config.consistency is not None:
-            own = config.consistency.student == "painter"
-            shape = dataclasses.replace(shape, prediction="velocity", painter=own)
-    _check_consistency(config, shape)
-    if config.consistency is not None and config.consistency.guidance_range is not None:
-        shape = dataclasses.replace(shape, guidance_condition=True)
-    mx.random.seed(config.seed)
-    model = Transfusion(shape)
-    if start is not None:
-        begin = load(start, dtype=mx.float32).transfusion  # stored in half precision perhaps
-        theirs, ours = begin.config.to_dict(), shape.to_dict()
-        # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
-        free = {"prediction", "painter"} if config.consistency is not None else set()
-        if not begin.config.guidance_condition:
-            free.add("guidance_condition")  # a layer that starts at zero
-        if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
-            raise UserError(
-                f"init {start}: its {differs[0]} is {theirs[differs[0]]}, [model] of this run says "
-                f"{ours[differs[0]]}"
-            )
-        if begin.config.painter and not shape.painter:
-            raise UserError(
-                f'init {start}: has a painter; give consistency.student "painter" or another init'
-            )
-        if shape.painter and not begin.config.painter:
-            begin = with_painter(begin)
-        model.update(begin.parameters())
-    mx.eval(model.parameters())
-    return model
-
-
-def _check_consistency(config: TrainConfig, shape: ModelConfig) -> None:
-    if config.consistency is not None and shape.prediction != "velocity":
-        raise UserError(
-            f'[model]: prediction is "{shape.prediction}"; a consistency model predicts the "velocity": change it'
-        )
-    if shape.guidance_condition and (config.consistency is None or config.consistency.guidance_range is None):
-        raise UserError(
-            "[model]: guidance_condition is for a student of several guidance scales: distil with "
-            "consistency.guidance_range, or leave it out"
-        )
-
-
-def _teacher(config: TrainConfig, shape: ModelConfig) -> ModelFolder | None:
-    """The diffusion model to distil. Raises UserError when it does not speak the student's language."""
-    if config.consistency is None or config.consistency.teacher is None:
-        return None
-    teacher = load(config.consistency.teacher, dtype=mx.float32)
-    if read_objective(teacher.extra, teacher.name).consistency:
-        raise UserError(
-            f"teacher {teacher.name}: is a consistency model itself; distil the diffusion model it came from"
-        )
-    free = {"prediction", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "qk_norm", "patch_positions",
-            "patch_skip", "time_frequencies", "max_position", "painter", "guidance_condition",
-            "patch_encoder", "unet_channels", "unet_blocks"}  # fmt: skip
-    theirs, ours = teacher.config.to_dict(), shape.to_dict()
-    if differs := [key for key in ours if theirs[key] != ours[key] and key not in free]:
-        raise UserError(
-            f"teacher {teacher.name}: its {differs[0]} is {theirs[differs[0]]}, the student's {ours[differs[0]]}; "
-            "a teacher needs the same pictures and the same tokens"
-        )
-    return teacher
-
-
-def _attach_autoencoder(model: Transfusion | Discrete, config: TrainConfig, data: DataSet | ShardSet) -> None:
-    """Give a model of latents or codes the autoencoder that made them. Raises UserError for another and for none."""
-    folder = config.data.autoencoder
-    if data.latents_of is None or folder is None:
-        if data.latents_of is not None and config.sample.every:
-            raise UserError("sample.every needs data.autoencoder, which turns latents or codes into pictures")
-        return
-    from mlx_transfusion.autoencoder.folder import load_autoencoder
-
-    found = load_autoencoder(folder)
-    if found.fingerprint != data.latents_of:
-        raise UserError(
-            f"{data.name_of_latents}: stale: made by autoencoder {data.latents_of}, and {folder} has the "
-            f"fingerprint {found.fingerprint}: encode the data set again"
-        )
-    if isinstance(model, Discrete):
-        model.attach(found.codes, Path(folder))
-    else:
-        model.coder = Coder(found.latents, Path(folder), found.preview)
-
-
-def _check_latents(data: DataSet | ShardSet, checkpoint: Path) -> None:
-    """Raises UserError when a run that is resumed was trained on the latents of another autoencoder."""
-    folder = checkpoint / AUTOENCODER
-    if data.latents_of is None or not folder.is_dir():
-        return
-    from mlx_transfusion.autoencoder.folder import load_autoencoder
-
-    then = load_autoencoder(folder).fingerprint
-    if then != data.latents_of:
-        raise UserError(
-            f"{checkpoint}: was trained on latents of autoencoder {then}, these are of {data.latents_of}: use the "
-            "same latents or another output folder"
-        )
-
-
-def _objective(config: TrainConfig, teacher: ModelFolder | None) -> dict[str, Any] | None:
-    """What a consistency model's config.json says about how it must be sampled."""
-    c = config.consistency
-    if c is None:
-        return None
-    continuous = "sct" if teacher is None else "scd"
-    table: dict[str, Any] = {
-        "name": CONSISTENCY,
-        "method": continuous if c.method == "scm" else c.method,
-        "teacher": teacher.fingerprint if teacher else None,
-        "guidance": c.guidance if teacher else 1.0,
-        "angles": list(c.angles),
-    }
-    if c.guidance_range is not None:
-        table["guidance_range"] = list(c.guidance_range)
-    return {"objective": table}
