@@ -358,7 +358,8 @@ class Trainer:
         """What a consistency model's config.json says about how it must be sampled."""
         if self.config.consistency is None:
             return None
-        return {"objective": self.config.consistency.objective(self.teacher and self.teacher.fingerprint)}
+        teacher = self.teacher.fingerprint if self.teacher else None
+        return {"objective": self.config.consistency.objective(teacher)}
 
     def _save(self) -> Path:
         folder = self.output / "checkpoints"
