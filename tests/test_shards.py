@@ -142,8 +142,9 @@ def test_processes_make_the_same_bytes(toml: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "two") == []
 
 
-def test_ray_makes_the_same_bytes(toml: Path, tmp_path: Path) -> None:
+def test_ray_makes_the_same_bytes(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.data", reason="ray is not installed (pip install 'mlx-transfusion[ray]')")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # at its default of 15 a busy machine starves its workers
     from mlx_transfusion.shards.ray_build import on_ray
 
     recipe = make_recipe(load_train_config(toml))
