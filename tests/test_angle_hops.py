@@ -103,3 +103,21 @@ def test_below_the_angle_it_is_scm_and_above_it_the_hop() -> None:
 def test_without_a_teacher_there_is_nothing_to_hop_along() -> None:
     with pytest.raises(UserError, match=r"scm_hops.*name a teacher"):
         ConsistencyConfig(method="scm_hops")
+
+
+def test_below_the_anchor_the_velocity_is_all_that_is_learned() -> None:
+    x, angle = batch(64)
+    config = ConsistencyConfig(tangent="none", anchor_below=0.6)
+    method = method_of(config, 10)
+
+    def network(x: mx.array, angle: mx.array) -> mx.array:
+        return mx.sin(2 * x) * mx.cos(angle)[:, None]
+
+    at = method.states(x, angle, exact(x, angle), exact)
+    found = method.tangent(network, at, mx.array(1.0)).raw
+    whole = method_of(ConsistencyConfig(tangent="none"), 10).tangent(network, at, mx.array(1.0)).raw
+    cosine = mx.cos(angle)[:, None]
+    drift = cosine * (cosine * network(x, angle) - exact(x, angle))
+    low = angle[:, None] < 0.6
+    assert 0 < low.sum().item() < 64
+    assert mx.allclose(found, mx.where(low, -drift, whole), atol=1e-6)

@@ -106,6 +106,10 @@ class ConsistencyConfig:
     holds a factor cos(angle), a large c would leave nothing to learn from."""
     tangent_warmup: int = 200
     """Steps over which the unstable part of the tangent is faded in; 0 has all of it at once. Not for "ect"."""
+    anchor_below: float = 0.0
+    """Angle in radians below which r is 0, so that F stays the velocity: f then ends where the posterior mean of a
+    picture at this angle lies, as samplers end with one denoising step, and not in a teacher's last fine noise. Not
+    for "ect"."""
     hops_above: float = 0.9
     """Angle in radians from which "scm_hops" hops."""
     hop: float = 0.25
@@ -336,7 +340,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
          "optimizer.betas", "diffusion.high_noise_share"), (0, 1)),
     **dict.fromkeys(
         ("diffusion.high_noise_from", "diffusion.image_first_limit", "consistency.angles",
-         "consistency.hops_above"), (0, math.pi / 2)),
+         "consistency.hops_above", "consistency.anchor_below"), (0, math.pi / 2)),
     "consistency.hop": (0.01, math.pi / 2),
     "consistency.gap_factor": (2, math.inf),
     "adapter.rank": (1, math.inf),

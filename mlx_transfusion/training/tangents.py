@@ -72,7 +72,8 @@ class ContinuousTime:
     def tangent(self, network: consistency.Network, at: States, pace: mx.array) -> Tangent:
         """g = cos(a) df/da."""
         value = consistency.value_and_derivative(network, at.x, at.angle, at.cos_velocity)
-        raw = consistency.tangent(value, at.x, at.angle, at.cos_velocity, pace)
+        warmup = trigflow.per_image(mx.where(at.angle < self._settings.anchor_below, 0.0, pace), at.x)
+        raw = consistency.tangent(value, at.x, at.angle, at.cos_velocity, warmup)
         rescaled = consistency.rescale(raw, self._settings.tangent, self._settings.tangent_constant)
         return Tangent(value.network, raw, rescaled, value.derivative)
 
