@@ -309,7 +309,7 @@ def test_complete(cli: Cli, tiny_model_dir: Path) -> None:
 def test_complete_names_its_pictures(cli: Cli, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = iter([4, 10, 4, 2] * 2)
     monkeypatch.setattr("mlx_transfusion.interleave.sample_token", lambda logits, **_: next(tokens))
-    flags = ("complete", "red heart", "--model", tiny_model_dir, "--steps", 2, "--seed", 2)
+    flags = ("complete", "red heart", "--model", tiny_model_dir, "--steps", 2, "--seed", 2, "--temp", 1)
     assert "[image.png]" in cli(*flags).out
     assert sorted(p.name for p in Path().iterdir()) == ["image.png", "image_1.png"]
     cli(*flags, "--overwrite")

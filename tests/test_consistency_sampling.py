@@ -325,7 +325,8 @@ def test_after_a_picture_the_clean_one_is_read(student: Loaded, monkeypatch: pyt
 
     monkeypatch.setattr(student.model, "extend_image", spy)
     steps: list[Step] = []
-    events = list(complete(student, "red heart", 7, on_step=steps.append))
+    warm = GenerationSettings(temperature=1.0)  # the likeliest token is not sampled
+    events = list(complete(student, "red heart", 7, warm, on_step=steps.append))
     (image,) = (event.image for event in events if isinstance(event, Painted))
     assert [(s.step, s.steps) for s in steps] == [(1, 2), (2, 2)]
     assert len(read) == 1
@@ -489,7 +490,8 @@ def test_complete_end_to_end(
 ) -> None:
     tokens = iter([10, 4, 10, 2])
     monkeypatch.setattr("mlx_transfusion.interleave.sample_token", lambda logits, **_: next(tokens))
-    result = cli("complete", "red heart", "--model", student_dir, "--seed", 2, "--angles", "0.8")
+    flags = ("--seed", 2, "--angles", "0.8", "--temp", 1)
+    result = cli("complete", "red heart", "--model", student_dir, *flags)
     assert "[image.png]" in result.out
     record = read_record("image.png")
     assert (record["sampler"], record["angles"], record["guidance"]) == ("consistency", [0.8], 1.0)

@@ -7,11 +7,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from autoencoder_tools import randomize
-from conftest import CliResult
 from PIL import Image
 from test_discrete_training import TABLES
 from tiny_evaluation import write_evaluation
@@ -25,7 +25,8 @@ from mlx_transfusion.models.autoencoder_config import AutoencoderConfig, Quantiz
 from mlx_transfusion.models.autoencoder_vq import AutoencoderVQ
 from mlx_transfusion.tokenizer import Tokenizer
 
-Cli = Callable[..., CliResult]
+Cli = Callable[..., Any]
+"""A command line of the fixture `cli`: its exit code, output and messages."""
 
 
 def quantizer(codes: int) -> AutoencoderVQ:
@@ -152,7 +153,7 @@ def test_autoencoders_that_do_not_fit(cli: Cli, place: Path, trained: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def one_line(result: CliResult, message: str) -> None:
+def one_line(result: Any, message: str) -> None:
     """Exit code 2 and one line with the message."""
     assert result.code == 2, result
     lines = [line for line in result.err.splitlines() if line.strip()]
