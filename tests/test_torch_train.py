@@ -219,3 +219,23 @@ assert not [m for m in sys.modules if m.split(".")[0] == "mlx" and sys.modules[m
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert model_io.load(tmp_path / "model").model is not None
+
+
+def test_bfloat16_is_the_arithmetic_alone(toml: Path, world: Any, tmp_path: Path) -> None:
+    """Mixed precision: losses near those of float32 and not the same; weights, average and optimiser stay float32."""
+    exact = run(toml, world, tmp_path / "float32", "steps=4")
+    mixed = run(toml, world, tmp_path / "bfloat16", "steps=4", "dtype=bfloat16")
+    rows = list(zip(metrics(tmp_path / "float32"), metrics(tmp_path / "bfloat16"), strict=True))
+    for a, b in rows:
+        for name in ("text_loss", "image_loss"):
+            assert b[name] == pytest.approx(a[name], rel=0.02), (a["step"], name)
+    assert any(a["image_loss"] != b["image_loss"] for a, b in rows)
+    for which in ("average", "weights"):
+        one, other = (trained(c, tmp_path / f"{which}-{i}", which) for i, c in enumerate((exact, mixed)))
+        assert other.keys() == one.keys()
+        for name, value in other.items():
+            assert value.dtype == np.float32, name
+            assert np.linalg.norm(value - one[name]) < 0.05 * np.linalg.norm(one[name]), name
+    with pytest.raises(UserError, match='has no "trained": choose "average" or "weights"'):
+        export(exact, tmp_path / "nothing", "trained")
+    assert not (tmp_path / "nothing").exists()

@@ -40,6 +40,11 @@ class AdapterStep(Step):
             )
         self._prefix = PAINTER if self._image_only else ""
 
+    @property
+    def uses_lanes(self) -> bool:
+        """Not with an image-only adapter, whose gate is made for the whole batch."""
+        return super().uses_lanes and not self._image_only
+
     def initial_weights(self) -> Tree:
         """The adapter's arrays."""
         return tree_unflatten(list(flat_trained(self._model, self._base.names).items()))

@@ -19,8 +19,8 @@ from mlx_transfusion.tokenizer import SpecialIds, Tokenizer
 def export(checkpoint: Path, target: Path, which: str = "average", tokenizer: str | None = None) -> Path:
     """Write the model of `checkpoint` (its "average" or its last "weights") as a model folder; returns its path.
 
-    tokenizer: of the run, if it is no longer where the run's config says. Raises UserError for a checkpoint that is
-    damaged and for an unwritable target.
+    tokenizer: of the run, if it is no longer where the run's config says. Raises UserError for another `which`, for a
+    checkpoint that is damaged and for an unwritable target.
     """
     import torch
     import torch.distributed.checkpoint as dcp
@@ -41,6 +41,8 @@ def export(checkpoint: Path, target: Path, which: str = "average", tokenizer: st
             if name.startswith(f"{which}.") and not name.startswith(f"{which}.loss_weight.")
         }
     }
+    if not tree[which]:
+        raise UserError(f'{checkpoint}: has no "{which}": choose "average" or "weights"')
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is wanted
         dcp.load(tree, checkpoint_id=checkpoint, no_dist=True)

@@ -90,6 +90,11 @@ class Step:
             self._gradients = mx.compile(self._plain_gradients)
             self._update = mx.compile(self._plain_update, inputs=state, outputs=state)
 
+    @property
+    def uses_lanes(self) -> bool:
+        """Whether a pass may be cut into rows that run on several cores (lanes.py)."""
+        return self._model.uses_lanes
+
     def initial_weights(self) -> Tree:
         """What is trained, as a tree of arrays."""
         return self._model.parameters()

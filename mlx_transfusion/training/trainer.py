@@ -174,9 +174,7 @@ class Trainer:
             self._report_bad_rows()
         try:
             with Progress(config.steps, self.state.step, self.is_main) as progress, Interrupt() as interrupt:
-                # The gate of an image-only adapter is made for the whole batch, not for a lane's rows.
-                gated = config.adapter is not None and config.adapter.modality == "image"
-                rows = config.batch_size if self.model.uses_lanes and not gated else 1
+                rows = config.batch_size if self.step.uses_lanes else 1
                 with ThreadPoolExecutor(1) as loader, lanes(rows):
                     self._loop(loader, interrupt, progress, log)
                 return self._save()
