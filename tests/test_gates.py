@@ -1,4 +1,4 @@
-"""Gates of the feed-forward layers: values and derivatives in every mode, against mlx's own sigmoid."""
+"""Gates of the feed-forward layers: values and derivatives in every mode, against closed forms in float64."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,11 @@ Function = Callable[[mx.array], mx.array]
 
 X = mx.random.normal((500,), key=mx.random.key(0)) * 6
 ALONG = mx.random.normal((500,), key=mx.random.key(1))
-
-
-def plain(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
+X64, ALONG64 = np.array(X, np.float64), np.array(ALONG, np.float64)
+S = 1 / (1 + np.exp(-X64))
+SLOPE = S * (1 + X64 * (1 - S))
+BEND = S * (1 - S) * (2 + X64 * (1 - 2 * S))
+"""First and second derivative of silu."""
 
 
 def gradient(f: Function) -> Function:
@@ -26,46 +27,40 @@ def derivative(f: Function) -> Function:
     return lambda x: mx.jvp(f, [x], [ALONG])[1][0]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda f: f,
-        gradient,
-        derivative,
+MODES = {
+    "value": (lambda f: f, X64 * S),
+    "gradient": (gradient, SLOPE),
+    "derivative": (derivative, SLOPE * ALONG64),
+    "gradient of derivative": (
         lambda f: gradient(lambda x: derivative(f)(x).square()),
+        2 * SLOPE * BEND * ALONG64**2,
+    ),
+    "the same, compiled": (
         lambda f: mx.compile(gradient(lambda x: derivative(f)(x).square())),
-        lambda f: derivative(gradient(f)),
-        lambda f: mx.compile(gradient(f)),
-        lambda f: gradient(mx.checkpoint(f)),
-    ],
-    ids=[
-        "value",
-        "gradient",
-        "derivative",
-        "gradient of derivative",
-        "the same, compiled",
-        "derivative of gradient",
-        "compiled gradient",
-        "checkpointed",
-    ],
-)
-def test_silu_is_x_times_sigmoid_in_every_mode(make: Callable[[Function], Function]) -> None:
-    found, wanted = np.array(make(gates.silu)(X)), np.array(make(plain)(X))
-    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+        2 * SLOPE * BEND * ALONG64**2,
+    ),
+    "derivative of gradient": (lambda f: derivative(gradient(f)), BEND * ALONG64),
+    "compiled gradient": (lambda f: mx.compile(gradient(f)), SLOPE),
+    "checkpointed": (lambda f: gradient(mx.checkpoint(f)), SLOPE),
+}
+
+
+@pytest.mark.parametrize(("make", "wanted"), MODES.values(), ids=MODES)
+def test_silu_is_x_times_sigmoid_in_every_mode(
+    make: Callable[[Function], Function], wanted: np.ndarray
+) -> None:
+    np.testing.assert_allclose(np.array(make(gates.silu)(X)), wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_far_from_zero_values_and_gradients_stay_finite() -> None:
-    x = mx.array([-1e30, -1e4, -200.0, -90.0, 90.0, 200.0, 1e4, 1e30])
-    assert np.array(gates.sigmoid(x)).tolist() == pytest.approx([0, 0, 0, 0, 1, 1, 1, 1], abs=1e-38)
-    assert np.array(gradient(gates.sigmoid)(x)).tolist() == pytest.approx([0] * 8, abs=1e-37)
-    assert np.array(gradient(gates.silu)(x))[[0, 2, 5, 7]].tolist() == pytest.approx([0, 0, 1, 1])
+    x = mx.array([-1e30, -200.0, 200.0, 1e30])
+    assert np.array(gates.silu(x)).tolist() == pytest.approx([0, 0, 200, 1e30])
+    assert np.array(gradient(gates.silu)(x)).tolist() == pytest.approx([0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_half_precision_keeps_its_type(dtype: mx.Dtype) -> None:
-    x = X.astype(dtype)
-    assert gates.silu(x).dtype == dtype
-    assert mx.array_equal(gates.silu(x), plain(x))
+    assert gates.silu(X.astype(dtype)).dtype == dtype
 
 
 def test_relu() -> None:

@@ -26,15 +26,20 @@ def run_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | Discre
     return discrete_config(*arguments) or model_config(*arguments)
 
 
-def run_data(config: TrainConfig, model: ModelConfig | DiscreteConfig, tokenizer: Tokenizer) -> DataSet:
-    """The training rows of a run from nothing. Raises UserError for bad files and rows."""
-    shared: dict[str, Any] = {
+def data_arguments(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What every kind of training data is told of a run."""
+    return {
         "data": config.data,
         "diffusion": config.diffusion,
         "tokenizer": tokenizer,
         "seed": config.seed,
         "sequence_length": config.sequence_length,
     }
+
+
+def run_data(config: TrainConfig, model: ModelConfig | DiscreteConfig, tokenizer: Tokenizer) -> DataSet:
+    """The training rows of a run from nothing. Raises UserError for bad files and rows."""
+    shared = data_arguments(config, tokenizer)
     if isinstance(model, DiscreteConfig):
         return CodeData(config.data.train, model=model, **shared)
     return DataSet(config.data.train, model=model, **shared)

@@ -42,6 +42,7 @@ from mlx_transfusion.training.painter_step import PainterStep, painting_start
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
+from mlx_transfusion.training.shape import data_arguments
 from mlx_transfusion.training.shard_set import open_data
 from mlx_transfusion.training.signals import Watch
 from mlx_transfusion.training.start import (
@@ -93,13 +94,7 @@ class Trainer:
             self.model = new_model(config, self.tokenizer, None if begun else config.start)
         if guest is None:
             self.model.gradient_checkpointing = config.gradient_checkpointing
-        shared = {
-            "data": config.data,
-            "diffusion": config.diffusion,
-            "tokenizer": self.tokenizer,
-            "seed": config.seed,
-            "sequence_length": config.sequence_length,
-        }
+        shared = data_arguments(config, self.tokenizer)
         rows: Any = CodeData if isinstance(self.model, Discrete) else open_data
         if self.painting is not None:
             rows, shared["config"] = PainterData, self.model.config
