@@ -65,3 +65,17 @@ def split(rows: int, tokens: int) -> list[tuple[mx.Stream, slice]]:
         return []
     ends = [rows * i // count for i in range(count + 1)]
     return [(s, slice(ends[i], ends[i + 1])) for i, s in enumerate(_streams.first(count))]
+
+
+class Shares:
+    """Hands pieces of work of known size to the open lanes, each to the one that has least."""
+
+    def __init__(self) -> None:
+        self._streams = _streams.first(_streams.open)
+        self._load = [0] * len(self._streams)
+
+    def take(self, size: int) -> mx.Stream:
+        """The stream for a piece of work of `size`, in any unit."""
+        lane = self._load.index(min(self._load))
+        self._load[lane] += size
+        return self._streams[lane]

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_transfusion import blas, lanes
 from mlx_transfusion.generation import paint
+from mlx_transfusion.losses import text_loss
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import padded
 from mlx_transfusion.settings import GenerationSettings
+from mlx_transfusion.training.config import OptimizerConfig
+from mlx_transfusion.training.optimizer import ema_update, make_optimizer
 
 
 @pytest.fixture
@@ -95,6 +98,46 @@ def test_a_guided_picture_is_the_same(tiny_model: Transfusion, threads: list[int
     np.testing.assert_allclose(
         found, np.array(paint(tiny_model, [prefix], [5], settings)), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_is_the_same(tiny_model: Transfusion, threads: list[int], name: str) -> None:
+    weights = tiny_model.parameters()
+    gradients = tree_map(lambda w: mx.random.normal(w.shape, key=mx.random.key(w.size)), weights)
+
+    def updated() -> list[tuple[str, mx.array]]:
+        optimizer = make_optimizer(OptimizerConfig(name=name))
+        optimizer.init(weights)
+        new = optimizer.apply_gradients(gradients, weights)
+        average = ema_update(weights, new, mx.array(0.9))
+        mx.eval(new, average)
+        return list(tree_flatten((new, average)))
+
+    wanted = updated()
+    with lanes.lanes(3):
+        found = updated()
+    assert all(np.array_equal(np.array(a), np.array(b)) for (_, a), (_, b) in zip(wanted, found, strict=True))
+
+
+def test_pieces_of_work_go_to_the_lane_that_has_least(threads: list[int]) -> None:
+    with lanes.lanes(3):
+        shares = lanes.Shares()
+        assert len({str(shares.take(5)) for _ in range(3)}) == 3
+        assert str(shares.take(1)) != str(shares.take(1)) != str(shares.take(1))
+    assert len({str(lanes.Shares().take(1)) for _ in range(3)}) == 1
+
+
+def test_a_text_loss_is_the_same(threads: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    logits, weights = mx.array(rng.normal(size=(7, 11))), mx.array(rng.random(7))
+    targets = mx.array(rng.integers(0, 11, 7))
+    gradient = mx.value_and_grad(text_loss)
+    wanted, by_logits = gradient(logits, targets, weights)
+    with lanes.lanes(3):
+        found, in_lanes = gradient(logits, targets, weights)
+        mx.eval(found, in_lanes)
+    np.testing.assert_allclose(found.item(), wanted.item(), rtol=1e-6)
+    np.testing.assert_array_equal(np.array(in_lanes), np.array(by_logits))
 
 
 def test_a_thread_has_streams_of_its_own(tiny_model: Transfusion, threads: list[int]) -> None:

@@ -8,10 +8,31 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
+from mlx_transfusion.lanes import Shares
 from mlx_transfusion.training.config import OptimizerConfig
 
 Tree = Any
 """Nested dicts and lists of arrays, as mlx modules give them."""
+
+
+class _InLanes(optim.Optimizer):
+    """Weights are shared out between the open lanes, by size: an update of one never reads another."""
+
+    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
+        self._shares = Shares()
+        return super().apply_gradients(gradients, parameters)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        with mx.stream(self._shares.take(parameter.size)):
+            return super().apply_single(gradient, parameter, state)
+
+
+class _AdamW(_InLanes, optim.AdamW):
+    pass
+
+
+class _Muon(_InLanes, optim.Muon):
+    pass
 
 
 def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
@@ -21,7 +42,7 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
     got further in 300 steps than AdamW in 420 (examples/emoji/README.md).
     Embeddings, head, patch layers and norms stay with AdamW.
     """
-    adamw = optim.AdamW(
+    adamw = _AdamW(
         config.learning_rate,
         betas=list(config.betas),
         eps=config.eps,
@@ -30,7 +51,7 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
     )
     if config.name == "adamw":
         return adamw
-    muon = optim.Muon(config.muon_learning_rate, momentum=0.95, weight_decay=0.0)
+    muon = _Muon(config.muon_learning_rate, momentum=0.95, weight_decay=0.0)
     return optim.MultiOptimizer([muon, adamw], [_is_decoder_matrix])
 
 
@@ -50,4 +71,10 @@ def set_learning_rate(optimizer: optim.Optimizer, config: OptimizerConfig, facto
 
 def ema_update(average: Tree, weights: Tree, decay: mx.array) -> Tree:
     """average <- decay * average + (1 - decay) * weights, leaf by leaf."""
-    return tree_map(lambda a, w: a + (1 - decay) * (w - a), average, weights)
+    shares = Shares()
+
+    def moved(a: mx.array, w: mx.array) -> mx.array:
+        with mx.stream(shares.take(a.size)):
+            return a + (1 - decay) * (w - a)
+
+    return tree_map(moved, average, weights)
