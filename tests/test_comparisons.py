@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,16 @@ class MeanColours:
 @pytest.fixture(scope="module")
 def tools() -> Iterator[Any]:
     """The modules of the example."""
-    names = ("plan_runs", "intervals", "measure_run", "power_laws", "run_tables", "draw_scaling")
+    names = (
+        "plan_runs",
+        "intervals",
+        "measure_run",
+        "power_laws",
+        "run_tables",
+        "draw_scaling",
+        "draw_table",
+        "draw_page",
+    )
     sys.path.insert(0, str(FOLDER))
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -277,13 +287,53 @@ def test_a_table_of_two_families(tools: Any, tmp_path: Path) -> None:
         results[row.variant] = [
             {"seed": 0, "gflop": budget, "steps": 1, "seconds": seconds, "measures": measures}
         ]
-    tools.draw_scaling.save(table, "scaling", results, tmp_path)
-    text = (tmp_path / "scaling.md").read_text()
+    text = tools.draw_table.markdown(table, results) + tools.draw_scaling.parity(table, results)
     assert "| Frechet distance | 0.029 | -0.500 | -0.250 | 1.00, 1.00 | 0.1 | [0.1, 0.1] |" in text
     assert "| perplexity, glosses |  | -0.100 | -0.100 | 1.00, 1.00 | 1 | [1, 1] |" in text
     assert text.count("theirs 1 ") == 1
-    with Image.open(tmp_path / "scaling.png") as picture:
-        assert picture.size[0] > 400
+    assert tools.draw_scaling.picture(table, results).size[0] > 400
+
+
+def test_the_page_holds_what_the_results_say(tools: Any, tmp_path: Path) -> None:
+    """Its tables are those that the command of the README writes; nothing in them is typed."""
+    results = tmp_path / "results"
+    shutil.copytree(FOLDER / "results", results)
+    page = shutil.copy(FOLDER.parent.parent / "docs" / "comparisons.md", tmp_path / "page.md")
+    before = page.read_text()
+    tables = {name: tools.plan_runs.read_table(name) for name in tools.plan_runs.table_names()}
+    tools.run_tables.draw(tables, tools.plan_runs.read_plan(), results, page=page)
+    assert page.read_text() == before
+    for file in (FOLDER / "results").glob("*.md"):
+        assert (results / file.name).read_text() == file.read_text()
+
+
+def test_a_page_is_filled(tools: Any, tmp_path: Path) -> None:
+    """Lines, and below them their differences from the line they are compared with, the paper's too."""
+    rows = (
+        tools.plan_runs.Row("a", "A", paper=(2.0,)),
+        tools.plan_runs.Row("b", "B", against="a", paper=(3.5,)),
+    )
+    table = tools.plan_runs.Table("Tiny", rows, ("kernel", "text"), paper_columns=("FID",))
+    measured = {"a": (0.1, [1.0, 2.0]), "b": (1.3456, [2.0, 3.0])}
+    results = {
+        name: [{"seed": 0, "steps": 7, "seconds": {"train": None},
+                "measures": {"kernel": {"value": k}, "text": {"values": v}}}]
+        for name, (k, v) in measured.items()
+    }  # fmt: skip
+    lines = tools.draw_table.short_markdown(table, results)
+    assert lines.splitlines()[2:] == [
+        "| A | 2 | 100 | 1.5 | 1 | 7 |",
+        "| B | 3.5 | 1346 | 2.5 | 1 | 7 |",
+        "| B minus A | +1.5 | +1246 | +1 |  |  |",
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("Above\n<!-- table tiny -->\nold\n<!-- end of tiny -->\nBelow\n")
+    for _ in range(2):
+        tools.draw_page.fill(page, {"tiny": lines})
+        assert page.read_text() == f"Above\n<!-- table tiny -->\n{lines}<!-- end of tiny -->\nBelow\n"
+    with pytest.raises(UserError, match="has no place for table other"):
+        tools.draw_page.fill(page, {"tiny": "new\n", "other": lines})
+    assert "new" not in page.read_text()
 
 
 def test_a_model_of_codes_is_measured(tools: Any, example: Path) -> None:

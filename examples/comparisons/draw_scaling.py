@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from draw_table import BLACK, BLUE, GREY, PANEL, TITLE, WHITE, Results, aligned, markdown
+from draw_table import BLACK, BLUE, GREY, PANEL, TITLE, WHITE, Results, aligned
 from intervals import figure
 from measure_run import MEASURES
 from PIL import Image, ImageDraw
@@ -72,12 +71,6 @@ def picture(table: Table, results: Results) -> Image.Image:
     for k, name in enumerate(table.measures):
         _panel(draw, k * (LEFT + PANEL) + LEFT, _title(name), points(table, results, name))
     return image
-
-
-def save(table: Table, name: str, results: Results, folder: Path) -> None:
-    """NAME.md and NAME.png."""
-    (folder / f"{name}.md").write_text(markdown(table, results) + parity(table, results), encoding="utf-8")
-    picture(table, results).save(folder / f"{name}.png", optimize=True)
 
 
 def _panel(draw: ImageDraw.ImageDraw, left: int, title: str, families: Mapping[str, Points]) -> None:

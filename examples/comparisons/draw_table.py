@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from intervals import Figure, difference, figure
@@ -36,10 +35,31 @@ def markdown(table: Table, results: Results) -> str:
         cells = [_cell(figure(_measure(runs, m)), MEASURES[m].factor) if runs else "" for m in table.measures]
         body.append([row.label, *paper, *cells, *_facts(runs)])
     lines += aligned(head, body)
-    if changes := [c for row in table.rows if (c := _change(table, row, results)) is not None]:
+    if changes := [
+        [_change_label(table, row), *c] for row in table.rows if (c := _change(table, row, results))
+    ]:
         lines += ["", "Differences, seed by seed and item by item:", ""]
         lines += aligned(["", *_titles(table)], changes)
     return "\n".join(lines) + "\n"
+
+
+def short_markdown(table: Table, results: Results) -> str:
+    """The same for a page of text: each difference, in the paper's numbers too, below its line, and fewer digits."""
+    head = ["", *(f"paper: {c}" for c in table.paper_columns), *_titles(table), "seeds", "steps"]
+    paper = {row.variant: row.paper for row in table.rows}
+    body = []
+    for row in table.rows:
+        runs = results.get(row.variant, ())
+        values = [
+            _number(f.value, 3) if (f := _of(runs, m, MEASURES[m].factor)) else "" for m in table.measures
+        ]
+        papers = [f"{v:g}" for v in row.paper] or [""] * len(table.paper_columns)
+        body.append([row.label, *papers, *values, *_facts(runs)[:2]])
+        if row.against and (change := _change(table, row, results, digits=3)):
+            pairs = zip(row.paper, paper[row.against], strict=True)
+            papers = [_number(a - b, 3, "+") for a, b in pairs] or [""] * len(table.paper_columns)
+            body.append([_change_label(table, row), *papers, *change, "", ""])
+    return "\n".join(aligned(head, body)) + "\n"
 
 
 def picture(table: Table, results: Results) -> Image.Image:
@@ -83,12 +103,6 @@ def _panel(draw: ImageDraw.ImageDraw, x: int, y: int, title: str, figures: Seque
             draw.ellipse([place(f.value) - 4, at - 4, place(f.value) + 4, at + 4], BLUE)
 
 
-def save(table: Table, name: str, results: Results, folder: Path, below: str = "") -> None:
-    """NAME.md (with `below` at its end) and NAME.png."""
-    (folder / f"{name}.md").write_text(markdown(table, results) + below, encoding="utf-8")
-    picture(table, results).save(folder / f"{name}.png", optimize=True)
-
-
 def _measure(runs: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [run["measures"][name] for run in runs]
 
@@ -100,22 +114,25 @@ def _of(runs: Sequence[dict[str, Any]], name: str, factor: float) -> Figure | No
     return Figure(factor * f.value, factor * f.low, factor * f.high)
 
 
-def _change(table: Table, row: Row, results: Results) -> list[str] | None:
-    """The row's measures minus those of the row it is compared with, over the seeds that both have."""
+def _change(table: Table, row: Row, results: Results, digits: int = 4) -> list[str]:
+    """The row's measures minus those of the row it is compared with, over the seeds that both have; or nothing."""
     if row.against is None:
-        return None
+        return []
     by_seed = [{run["seed"]: run for run in results.get(v, ())} for v in (row.variant, row.against)]
     seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
     if not seeds:
-        return None
+        return []
     pair = [[runs[s] for s in seeds] for runs in by_seed]
     cells = []
     for name in table.measures:
         change = difference(*(_measure(runs, name) for runs in pair))
         mark = "**" if change.spread and (change.low > 0 or change.high < 0) else ""
-        cells.append(f"{mark}{_cell(change, MEASURES[name].factor, '+')}{mark}")
-    other = next(r.label for r in table.rows if r.variant == row.against)
-    return [f"{row.label} minus {other}", *cells]
+        cells.append(f"{mark}{_cell(change, MEASURES[name].factor, '+', digits)}{mark}")
+    return cells
+
+
+def _change_label(table: Table, row: Row) -> str:
+    return f"{row.label} minus {next(r.label for r in table.rows if r.variant == row.against)}"
 
 
 def _titles(table: Table) -> list[str]:
@@ -128,9 +145,15 @@ def _facts(runs: Sequence[dict[str, Any]]) -> list[str]:
     return [str(len(runs)), str(runs[0]["steps"]) if runs else "", minutes]
 
 
-def _cell(f: Figure, factor: float, sign: str = "") -> str:
-    value = f"{factor * f.value:{sign}.4g}"
-    return f"{value} [{factor * f.low:.4g}, {factor * f.high:.4g}]" if f.spread else value
+def _cell(f: Figure, factor: float, sign: str = "", digits: int = 4) -> str:
+    value, low, high = (
+        _number(factor * v, digits, s) for v, s in ((f.value, sign), (f.low, ""), (f.high, ""))
+    )
+    return f"{value} [{low}, {high}]" if f.spread else value
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.0f}" if abs(value) >= 10**digits else f"{value:{sign}.{digits}g}"
 
 
 def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,14 +61,15 @@ def _samples(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[float, np.ndarray]:
     """The figure, and that of every bootstrap sample [SAMPLES]. The draws depend on the shape alone."""
     values, weights = arrays
     seeds, items = values.shape
-    s = _counts(noise.integers(0, 0, seeds, (SAMPLES, seeds), "comparisons/seeds"), seeds)
-    q = _counts(noise.integers(0, 1, items, (SAMPLES, items), "comparisons/items"), items)
+    s, q = _counts(0, seeds, "comparisons/seeds"), _counts(1, items, "comparisons/items")
     drawn = ((s @ (values * weights)) * q).sum(1) / ((s @ weights) * q).sum(1)
     return float((values * weights).sum() / weights.sum()), drawn
 
 
-def _counts(draws: np.ndarray, total: int) -> np.ndarray:
-    """How often each of 0..total-1 was drawn: float [SAMPLES, total]."""
-    out = np.zeros((len(draws), total))
-    np.add.at(out, (np.arange(len(draws))[:, None], draws), 1.0)
+@cache
+def _counts(stream: int, total: int, name: str) -> np.ndarray:
+    """How often each of 0..total-1 is drawn, in every sample: float [SAMPLES, total]."""
+    draws = noise.integers(0, stream, total, (SAMPLES, total), name)
+    out = np.zeros((SAMPLES, total))
+    np.add.at(out, (np.arange(SAMPLES)[:, None], draws), 1.0)
     return out

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import draw_page
 import draw_scaling
 import draw_table
 import serving_speed
@@ -102,20 +103,29 @@ def finish(run: Run, results: Path, extractor: FeatureExtractor, folder: Path, k
     write(results / f"{run.name}.json", result)
 
 
-def draw(tables: dict[str, Table], plan: Plan, results: Path, folder: Path = FOLDER) -> None:
-    """Write the table and the figure of what is finished."""
+def draw(
+    tables: dict[str, Table], plan: Plan, results: Path, folder: Path = FOLDER, page: Path | None = None
+) -> None:
+    """Write NAME.md and NAME.png of what is finished; `page` gets shorter tables between its markers."""
+    short = {}
     for name, table in tables.items():
         found = {}
         for variant in (row.variant for row in table.rows):
             of_seeds = [read_result(variant, seed, plan, results, folder) for seed in plan.seeds]
             found[variant] = [result for result in of_seeds if result is not None]
-        if table.paper_ratios:
-            draw_scaling.save(table, name, found, results)
-            continue
         below = ""
-        if table.serving and all(found[row.variant] for row in table.rows):
+        if table.paper_ratios:
+            below = draw_scaling.parity(table, found)
+        elif table.serving and all(found[row.variant] for row in table.rows):
             below = _serving(name, table, plan, results, folder)
-        draw_table.save(table, name, found, results, below)
+        text = draw_table.markdown(table, found) + below
+        (results / f"{name}.md").write_text(text, encoding="utf-8")
+        drawing = draw_scaling if table.paper_ratios else draw_table
+        drawing.picture(table, found).save(results / f"{name}.png", optimize=True)
+        if page is not None:
+            short[name] = draw_table.short_markdown(table, found) + below
+    if page is not None:
+        draw_page.fill(page, short)
 
 
 def _serving(name: str, table: Table, plan: Plan, results: Path, folder: Path) -> str:
@@ -206,6 +216,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of comparisons.toml")
     parser.add_argument("--plan", action="store_true", help="only say what would run")
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
+    parser.add_argument("--page", type=Path, help="with --draw: a Markdown file that gets short tables too")
     given = parser.parse_args()
     names = table_names() if "all" in given.tables else given.tables
     results = given.results or given.output / "results"
@@ -213,7 +224,7 @@ def main() -> int:
         plan = read_plan()
         plan = plan if given.seeds is None else replace(plan, seeds=tuple(given.seeds))
         if given.draw:
-            draw({name: read_table(name) for name in names}, plan, results)
+            draw({name: read_table(name) for name in names}, plan, results, page=given.page)
         elif given.plan:
             show_plan(names, plan, given.output, results)
         else:
