@@ -337,6 +337,27 @@ def test_a_teacher_that_predicts_noise_is_exact_at_pure_noise() -> None:
         np.testing.assert_allclose(g[i], wanted, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=25)
+@given(std=st.floats(0.3, 1.6), seed=st.integers(0, 1000))
+def test_every_kind_of_teacher_gives_the_same_tangent(std: float, seed: int) -> None:
+    """One velocity, told as noise, as data, as itself and as a rectified flow, through TrigFlow's border."""
+    x, angle = gaussian_states(0.2, std, [0.1, 0.4, 0.9, 1.3], seed)
+    a = angle[:, None]
+    v = gaussian_velocity(0.2, std)(x, angle)
+    eps = mx.sin(a) * x + mx.cos(a) * v
+    x0 = mx.cos(a) * x - mx.sin(a) * v
+    flow_state, flow, s = trigflow.trigflow_to_flow(x, v, a)
+    from_flow = trigflow.flow_to_trigflow(flow_state, flow, s)[1]
+    wanted = np.array(full_tangent(wobbly, x, angle, mx.cos(a) * v))
+    for told in (
+        trigflow.cos_velocity_from_eps(x, eps, a),
+        mx.cos(a) * trigflow.velocity_from_eps(x, eps, a),
+        mx.cos(a) * trigflow.velocity_from_x0(x, x0, a),
+        mx.cos(a) * from_flow,
+    ):
+        np.testing.assert_allclose(full_tangent(wobbly, x, angle, told), wanted, atol=2e-5)
+
+
 # --- what is done to the tangent ---
 
 

@@ -238,13 +238,13 @@ class Trainer:
         mx.eval(weights, ema, self.optimizer.state, norm)
         text, image = (float(x) for x in sums / np.maximum(1, [loaded.text_total, loaded.image_total]))
         gradient_norm = float(np.array(norm))
+        self._observe(n + 1, {"image loss": image, "gradient norm": gradient_norm})
         if not all(map(math.isfinite, (text, image, gradient_norm))):
             raise UserError(
                 f"step {n + 1}: not finite any more (text loss {text}, image loss {image}, gradient norm "
                 f"{gradient_norm}); training stopped, the last checkpoint is good; start a new run from it "
                 "(init) with a lower learning rate"
             )
-        self._observe(n + 1, {"image loss": image, "gradient norm": gradient_norm})
         self.state = ckpt.TrainState(n + 1, weights, ema)
         self.model.update(self.step.model_weights(weights))
         values = {

@@ -9,15 +9,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from distill_tools import both_methods, stop_after
+from distill_tools import both_methods, step_of, stop_after
 from mlx.utils import tree_flatten
 from tiny_training import MakeConfig, state
 
 from mlx_transfusion.cli import _run
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import load
 from mlx_transfusion.training.checkpoint import checkpoints
-from mlx_transfusion.training.consistency_step import LOSS_WEIGHT
+from mlx_transfusion.training.consistency_step import LOSS_WEIGHT, _arrays
 from mlx_transfusion.training.signals import BUCKETS, Signals, Watch
 from mlx_transfusion.training.trainer import Trainer, train
 
@@ -43,7 +44,11 @@ def test_a_run_saves_a_consistency_model(config: MakeConfig, method: str, record
     assert {"valid_text_loss", "valid_teacher_gap_1", "valid_teacher_gap_2"} < rows[-1].keys()
     signals = {key.split("/")[0] for row in rows for key in row if "/" in key}
     assert signals == {"tangent", "drift", "derivative", "loss", "log_weight"}
-    assert (Path(run.output) / "samples" / "step-00000006.png").is_file()
+    grid = read_record(Path(run.output) / "samples" / "step-00000006.png")
+    assert [(row["sampler"], row["steps"]) for row in grid["rows"]] == [
+        ("dpmpp_2m", None), ("consistency", 2), ("consistency", 1)
+    ]  # fmt: skip
+    assert grid["seeds"] == [0, 1]  # of every row
 
 
 @both_methods
@@ -102,7 +107,8 @@ def test_a_blow_up_stops_and_keeps_the_last_good_state(config: MakeConfig) -> No
     run = config(
         "optimizer.learning_rate=1e9", "optimizer.clip=0", "optimizer.warmup=0", "steps=200", "save_every=1"
     )
-    with pytest.raises(UserError, match=r"blew up: .* left its usual range first|not finite any more"):
+    first = r"blew up: (tangent|image loss|gradient norm) left its usual range first, at step \d+; the last"
+    with pytest.raises(UserError, match=first):
         train(run)
     kept = checkpoints(Path(run.output) / "checkpoints")
     for name, value in state(kept[-1]).items() if kept else ():
@@ -175,6 +181,24 @@ def test_a_teacher_is_a_diffusion_model(config: MakeConfig, folder: Path, tmp_pa
     assert Trainer(config(f"consistency.teacher={tmp_path / 'diffusion'}")).teacher is not None
     with pytest.raises(UserError, match="is a consistency model itself"):
         Trainer(config(f"consistency.teacher={tmp_path / 'consistency'}"))
+
+
+def test_a_teacher_that_predicts_noise_is_distilled(config: MakeConfig, folder: Path, tmp_path: Path) -> None:
+    """Its config decides how its output is read; the student predicts the velocity."""
+    noise_teacher = shutil.copytree(folder / "teacher", tmp_path / "noise")
+    table = json.loads((noise_teacher / "config.json").read_text()) | {"prediction": "epsilon"}
+    (noise_teacher / "config.json").write_text(json.dumps(table))
+    run = config(f"consistency.teacher={noise_teacher}", "consistency.guidance=1.0", "steps=2")
+    trainer = Trainer(run)
+    plain = Trainer(config("consistency.guidance=1.0"))
+    p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+    as_velocity, as_noise = (np.array(step_of(t)._cos_velocity(p)) for t in (plain, trainer))
+    a, x = np.array(p.angle)[:, None, None], np.array(p.x)
+    # The same network output F: cos(a) F as a velocity, F - sin(a) x as noise.
+    there = a[:, 0, 0] < 1.5
+    wanted = as_velocity / np.cos(a) - np.sin(a) * x
+    np.testing.assert_allclose(as_noise[there], wanted[there], atol=1e-4)
+    assert load(trainer.run()).config.prediction == "velocity"
 
 
 def test_verbs_and_tables_belong_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
