@@ -7,9 +7,23 @@ the aspects, so that twice as wide is as far as twice as high. Sizes of the same
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
+from mlx_transfusion.errors import UserError
+
 Size = tuple[int, int]
+
+
+def parse_size(text: str) -> Size:
+    """ "64" or, width first, "64x48" -> (height, width). Raises UserError for anything else."""
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if found is None:
+        raise UserError(
+            f'"{text}" is no picture size: expected pixels a side, as 64, or WIDTHxHEIGHT, as 64x48'
+        )
+    width, height = found[1], found[2] or found[1]
+    return int(height), int(width)
 
 
 def nearest(height: int, width: int, sizes: Sequence[Size]) -> list[Size]:

@@ -68,7 +68,9 @@ def pixels_of(place: Path, index: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def cache(place: Path) -> LatentCache:
     return LatentCache(
-        write_cache(place / "cache.safetensors", load_autoencoder(place / "ae"), refs(place), 8, flips=True)
+        write_cache(
+            place / "cache.safetensors", load_autoencoder(place / "ae"), refs(place), (8, 8), flips=True
+        )
     )
 
 
@@ -97,7 +99,7 @@ def test_half_precision_takes_half_the_room(place: Path, cache: LatentCache) -> 
             place / "half.safetensors",
             load_autoencoder(place / "ae"),
             refs(place),
-            8,
+            (8, 8),
             flips=True,
             dtype="float16",
         )
@@ -122,7 +124,7 @@ def test_pictures_that_are_not_there(place: Path, cache: LatentCache) -> None:
     with pytest.raises(UserError, match=r"holds no latents of .*new.png.*: encode the data set again"):
         cache.load([ImageRef(open_images(place / "pictures"), "new.png")])
     plain = LatentCache(
-        write_cache(place / "plain.safetensors", load_autoencoder(place / "ae"), refs(place)[:1], 8)
+        write_cache(place / "plain.safetensors", load_autoencoder(place / "ae"), refs(place)[:1], (8, 8))
     )
     with pytest.raises(UserError, match="holds no mirrored pictures"):
         plain.load(refs(place)[:1], [True])
@@ -156,7 +158,9 @@ def test_an_interrupted_encoding_leaves_nothing(place: Path, tmp_path: Path) -> 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path / "c.safetensors", load_autoencoder(place / "ae"), refs(place), 8, progress=stop)
+        write_cache(
+            tmp_path / "c.safetensors", load_autoencoder(place / "ae"), refs(place), (8, 8), progress=stop
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -269,6 +273,11 @@ def test_info_tells_and_measures(place: Path, capsys: pytest.CaptureFixture[str]
             ("encode", "ae", "rows.jsonl", "--images", "pictures", "-o", "x", "--size", "9"),
             "takes multiples of 2",
         ),
+        (
+            ("encode", "ae", "rows.jsonl", "--images", "pictures", "-o", "x", "--size", "8", "--size", "8x4"),
+            "no picture is nearest to 8x4 in aspect: leave this size out",
+        ),
+        (("encode", "ae", "rows.jsonl", "-o", "x", "--size", "8by4"), '"8by4" is no picture size'),
         (("encode", "nowhere", "rows.jsonl", "-o", "x"), "no folder of an autoencoder"),
         (("decode", "ae", "rows.jsonl", "-o", "out"), "no file of latents"),
         (("decode", "other", "cache.safetensors", "-o", "out"), "stale: made by autoencoder"),

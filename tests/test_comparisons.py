@@ -348,7 +348,7 @@ def test_a_model_of_codes_is_measured(tools: Any, example: Path) -> None:
     save_autoencoder(example / "vq", model)
     source = Source(example / "data/pairs/train.jsonl", example / "data/pairs/train.tar")
     refs = [s for row in load_rows(source).rows for s in row.segments if not isinstance(s, str)]
-    write_cache(example / "codes.safetensors", load_autoencoder(example / "vq"), refs, 16)
+    write_cache(example / "codes.safetensors", load_autoencoder(example / "vq"), refs, (16, 16))
     text = BASE.replace("[model]", '[model]\nmodel_type = "discrete"\ncodebook_size = 8')
     text = text.replace("patch_size = 8\ntime_frequencies = 4\n", "")
     text = text.replace("image_height = 16\nimage_width = 16", "image_height = 4\nimage_width = 4")

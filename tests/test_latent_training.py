@@ -58,10 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -
     (folder / "vae" / "optimizer.safetensors").write_bytes(b"of its training")
     store = open_images(folder)
     refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
-    write_cache(folder / "latents.safetensors", load_autoencoder(folder / "vae"), refs, SIZE)
+    write_cache(folder / "latents.safetensors", load_autoencoder(folder / "vae"), refs, (SIZE, SIZE))
     vq = AutoencoderVQ(AutoencoderConfig.from_dict(coder(0).config.to_dict() | {"quantizer": {"codes": 16}}))
     save_autoencoder(folder / "vq", vq)
-    write_cache(folder / "codes.safetensors", load_autoencoder(folder / "vq"), refs, SIZE)
+    write_cache(folder / "codes.safetensors", load_autoencoder(folder / "vq"), refs, (SIZE, SIZE))
     tiny_tokenizer.save(folder)
     (folder / "train.toml").write_text(
         """
@@ -185,7 +185,7 @@ def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(
 ) -> None:
     store = open_images(place)
     refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
-    write_cache(tmp_path / "other.safetensors", load_autoencoder(place / "other"), refs, SIZE)
+    write_cache(tmp_path / "other.safetensors", load_autoencoder(place / "other"), refs, (SIZE, SIZE))
     changes = [f"data.latents=['{tmp_path / 'other.safetensors'}']", f"data.autoencoder={place / 'other'}"]
     with pytest.raises(UserError, match=r"was trained on latents of autoencoder \w+, these are of"):
         train(config(place, trained.parent.parent, *changes))
@@ -201,6 +201,53 @@ def test_a_stopped_run_goes_on_exactly(place: Path, trained: Path, tmp_path: Pat
     a, b = (mx.load(str(folder / "model.safetensors")) for folder in (trained, again))
     assert a.keys() == b.keys()
     assert all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_latents_of_several_sizes_from_encoding_to_painting(cli: Any, place: Path, tmp_path: Path) -> None:
+    """Wide and high pictures and squares: encode, train, paint each size, describe; all by the command line."""
+    rng = np.random.default_rng(1)
+    shapes = {"square": (16, 16), "wide": (16, 24), "high": (30, 20)}
+    with (tmp_path / "rows.jsonl").open("w") as rows:
+        for name, shape in shapes.items():
+            Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(tmp_path / f"{name}.png")
+            rows.write(json.dumps({"image": f"{name}.png", "text": f"red {name}"}) + "\n")
+    file = tmp_path / "latents.safetensors"
+    sizes = ("--size", "16", "--size", "24x16", "--size", "16x24")
+    said = cli("autoencoder", "encode", place / "vae", tmp_path / "rows.jsonl", *sizes, "-o", file)
+    assert said.code == 0, said.err
+    files = said.out.split()
+    assert [Path(f).name for f in files] == [
+        "latents-16x16.safetensors", "latents-24x16.safetensors", "latents-16x24.safetensors",
+    ]  # fmt: skip
+    caches = [LatentCache(f) for f in files]
+    assert [c.names for c in caches] == [["square.png"], ["wide.png"], ["high.png"]]
+    assert [c.shape[2:] for c in caches] == [(8, 8, 4), (8, 12, 4), (12, 8, 4)]
+    out = tmp_path / "decoded"
+    assert cli("autoencoder", "decode", place / "vae", files[1], "-o", out).code == 0
+    with Image.open(out / "wide.png") as picture:
+        assert picture.size == (24, 16)
+
+    changes = {
+        "output": tmp_path / "run", "steps": 2, "batch_size": 6, "data.latents": json.dumps(files),
+        "data.train": f"[{{rows = {json.dumps(str(tmp_path / 'rows.jsonl'))}}}]",
+        "model.image_sizes": "[[8, 12], [12, 8]]", "model.patch_positions": "coordinates",
+    }  # fmt: skip
+    sets = [flag for key, value in changes.items() for flag in ("--set", f"{key}={value}")]
+    said = cli("train", place / "train.toml", *sets)
+    assert said.code == 0, said.err
+    model = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert "16x16, 24x16, 16x24" in cli("info", model).out
+    for width, height in ((16, 16), (24, 16), (16, 24)):
+        picture_file = tmp_path / f"{width}x{height}.png"
+        flags = ("--width", width, "--height", height, "--steps", 2, "--output", picture_file)
+        said = cli("generate", "red wide", "--model", model, *flags)
+        assert (said.code, "warning" in said.err) == (0, False), said.err
+        with Image.open(picture_file) as picture:
+            assert picture.size == (width, height)
+        assert cli("describe", picture_file, "--model", model, "--max-tokens", 3).code == 0
+    said = cli("generate", "red wide", "--model", model, "--width", 20, "--output", tmp_path / "none.png")
+    assert said.code == 2
+    assert "20x16 cannot be cut into patches of 8 pixels: this model learnt 16x16, 24x16, 16x24" in said.err
 
 
 @pytest.mark.parametrize(

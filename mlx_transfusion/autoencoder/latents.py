@@ -19,9 +19,10 @@ from mlx_transfusion.autoencoder.pictures import to_signed
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder import Autoencoder
 from mlx_transfusion.models.autoencoder_tiles import Tiling, encoded_tiled
+from mlx_transfusion.picture_sizes import Size, named, nearest
 from mlx_transfusion.training.image_store import ImageRef
 from mlx_transfusion.training.latents import CODES, DTYPES, FORMAT, LATENTS
-from mlx_transfusion.training.pixels import load_pixels
+from mlx_transfusion.training.pixels import image_size, load_pixels
 
 PART = 16
 """Pictures encoded at once, where one is no larger than a tile."""
@@ -34,39 +35,39 @@ def write_cache(
     file: Path,
     autoencoder: LoadedAutoencoder,
     refs: Sequence[ImageRef],
-    size: int,
+    size: Size,
     *,
     flips: bool = False,
     dtype: str = "float32",
     threads: int = 2,
     progress: Progress = lambda done: None,
 ) -> Path:
-    """Encode distinct pictures, brought to size x size, by their means; returns `file`, whole or not there at all.
+    """Encode distinct pictures, brought to `size`, by their means; returns `file`, whole or not there at all.
 
     An autoencoder with a codebook gives codes, and `dtype` is of no matter. flips: also the mirrored picture. Raises
     UserError for pictures that cannot be read, a size that the autoencoder's halvings do not divide, and a disk that
     is full.
     """
     config = autoencoder.config
-    autoencoder.model.check_pixels((1, size, size, 3))
+    autoencoder.model.check_pixels((1, *size, 3))
     refs = list(dict.fromkeys(refs))
     if not refs:
         raise UserError(f"{file}: there is no picture to encode")
     coded = config.quantizer is not None
     kind, numpy_type = DTYPES["int32" if coded else dtype]
     encode = encode_to_codes if coded else encode_pixels
-    side, views = size // config.factor, 1 + flips
-    shape = (len(refs), views, side, side, *(() if coded else (config.latent_channels,)))
+    height, width = (side // config.factor for side in size)
+    shape = (len(refs), 1 + flips, height, width, *(() if coded else (config.latent_channels,)))
     metadata = {
         "format": FORMAT,
         "autoencoder": autoencoder.fingerprint,
-        "size": str(size),
+        "size": named([size]),
         "names": json.dumps([ref.name for ref in refs]),
     }
 
     def blocks() -> Iterator[np.ndarray]:
         for start in range(0, len(refs), PART):
-            pixels = load_pixels(refs[start : start + PART], size, size, threads)
+            pixels = load_pixels(refs[start : start + PART], *size, threads)
             latents = [encode(autoencoder, pixels)]
             if flips:
                 latents.append(encode(autoencoder, pixels[:, :, ::-1]))
@@ -79,6 +80,22 @@ def write_cache(
         "data_offsets": [0, int(np.prod(shape)) * numpy_type.itemsize],
     }
     return _write(file, _header(CODES if coded else LATENTS, about, metadata), blocks())
+
+
+def by_size(refs: Sequence[ImageRef], sizes: Sequence[Size]) -> dict[Size, list[ImageRef]]:
+    """The pictures that training wants in each size: those nearest to it in aspect, in all sizes of one aspect.
+
+    One size takes them all. Raises UserError for pictures that cannot be read, and for a size without any.
+    """
+    if len(sizes) == 1:
+        return {sizes[0]: list(refs)}
+    out: dict[Size, list[ImageRef]] = {size: [] for size in sizes}
+    for ref in refs:
+        for size in nearest(*image_size(ref.read(), str(ref)), list(out)):
+            out[size].append(ref)
+    if missing := [size for size, found in out.items() if not found]:
+        raise UserError(f"no picture is nearest to {named(missing)} in aspect: leave this size out")
+    return out
 
 
 def _write(file: Path, header: bytes, blocks: Iterator[np.ndarray]) -> Path:

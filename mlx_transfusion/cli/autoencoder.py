@@ -56,31 +56,44 @@ def encode(
         Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="File of latents.")
     ],
     images: Images = None,
-    size: Annotated[int | None, typer.Option(help="Height and width that pictures are brought to.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|WxH",
+            help="Pixels that pictures are brought to. Given several times: each picture to the nearest in aspect.",
+        ),
+    ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Mirrored pictures too.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
     """Encode a data set once, for training, or one picture; prints the file of latents (of codes, by a codebook).
 
-    It holds the autoencoder's fingerprint: with any other autoencoder it is refused.
+    It holds the autoencoder's fingerprint: with any other autoencoder it is refused. Of several sizes each has a file
+    of its own, FILE-WIDTHxHEIGHT.safetensors.
     """
     from mlx_transfusion.autoencoder.folder import load_autoencoder
-    from mlx_transfusion.autoencoder.latents import write_cache
+    from mlx_transfusion.autoencoder.latents import by_size, write_cache
+    from mlx_transfusion.picture_sizes import named, parse_size
     from mlx_transfusion.training.image_store import ImageRef, open_images
 
     loaded = load_autoencoder(autoencoder)
+    sizes = list(dict.fromkeys(map(parse_size, size or [str(loaded.config.sample_size)])))
+    for one in sizes:
+        loaded.model.check_pixels((1, *one, 3))
     if source.suffix == ".jsonl":
         refs = _pictures(source, images)
     elif source.is_file():
         refs = [ImageRef(open_images(source.parent), source.name)]
     else:
         raise UserError(f"{source}: no such picture or file of rows (.jsonl)")
-    with bar("encode", len(refs)) as progress:
-        made = write_cache(
-            output, loaded, refs, size or loaded.config.sample_size, flips=flips,
-            dtype="float16" if half else "float32", progress=progress.update,
-        )  # fmt: skip
-    result(str(made))
+    for one, chosen in by_size(refs, sizes).items():
+        file = output if len(sizes) == 1 else output.with_stem(f"{output.stem}-{named([one])}")
+        with bar("encode", len(chosen)) as progress:
+            made = write_cache(
+                file, loaded, chosen, one, flips=flips, dtype="float16" if half else "float32",
+                progress=progress.update,
+            )  # fmt: skip
+        result(str(made))
 
 
 @app.command()
@@ -106,7 +119,9 @@ def info(
     autoencoder: Folder,
     rows: Rows = None,
     images: Images = None,
-    size: Annotated[int | None, typer.Option(help="Height and width that pictures are brought to.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|WxH", help="Pixels that pictures are brought to.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="Measure so many pictures.", show_default="all")] = None,
     frechet: Annotated[bool, typer.Option(help="Also the Frechet distance (needs [features]).")] = True,
     as_json: options.Json = False,
@@ -154,16 +169,17 @@ def _measured(
     loaded: LoadedAutoencoder,
     rows: Path,
     images: Path | None,
-    size: int | None,
+    size: str | None,
     count: int | None,
     frechet: bool,
 ) -> dict[str, Any]:
     from mlx_transfusion.autoencoder.measures import PART, measure
     from mlx_transfusion.evaluation.features import features
+    from mlx_transfusion.picture_sizes import parse_size
     from mlx_transfusion.training.pixels import load_pixels
 
-    side = size or loaded.config.sample_size
-    loaded.model.check_pixels((1, side, side, 3))
+    height, width = parse_size(size or str(loaded.config.sample_size))
+    loaded.model.check_pixels((1, height, width, 3))
     refs = _pictures(rows, images)[:count]
     if frechet and len(refs) < 2:
         raise UserError(f"{rows}: the Frechet distance needs 2 pictures or more: use --no-frechet")
@@ -171,7 +187,7 @@ def _measured(
 
         def parts() -> Any:
             for start in range(0, len(refs), PART):
-                yield load_pixels(refs[start : start + PART], side, side, 2)
+                yield load_pixels(refs[start : start + PART], height, width, 2)
                 progress.update(min(start + PART, len(refs)))
 
         found = measure(loaded.model, parts(), features if frechet else None, loaded.preview)

@@ -50,7 +50,7 @@ class LatentCache:
                     f"{self.path}: holds {min(others)}, expected {kind}: encode with the autoencoder of the model"
                 )
             about = header[kind]
-            self.fingerprint, self.size = str(metadata["autoencoder"]), int(metadata["size"])
+            self.fingerprint = str(metadata["autoencoder"])
             self.names = [str(name) for name in json.loads(metadata["names"])]
             self.shape = tuple(int(n) for n in about["shape"])
             numpy_type = dict(DTYPES.values())[about["dtype"]]
