@@ -89,6 +89,15 @@ def check_output(output: Path, nbytes: int) -> None:
         )
 
 
+def check_tokenizer(done: Account) -> None:
+    """Raises UserError for a model without a tokenizer, whose folder no verb could use."""
+    if done.config is not None and not done.plan.files.keys() & {SENTENCEPIECE_FILE, HUGGINGFACE_FILE}:
+        raise UserError(
+            f"the {done.plan.family} checkpoint has no {HUGGINGFACE_FILE} and no {SENTENCEPIECE_FILE}: name one with "
+            "--tokenizer"
+        )
+
+
 def _write_tensors(done: Account, writer: ShardWriter, progress: Progress) -> None:
     written = 0
     for job in done.jobs:

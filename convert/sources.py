@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_json
+from mlx_transfusion.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 
 from .safetensors_file import SafetensorsFile, TensorInfo, some
 from .torch_file import SUFFIXES as TORCH
@@ -94,11 +95,22 @@ class Source:
             return frozenset()
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:
-        """The tokenizer's files by name: of --tokenizer, else of the folder."""
+        """The tokenizer's files by the names that they get: of --tokenizer, else of the folder.
+
+        Raises UserError for a file of another kind.
+        """
         place = self.tokenizer or self.folder
         if place.is_file():
-            return {place.name: place}
+            return {_tokenizer_name(place): place}
         return {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
+
+
+def _tokenizer_name(file: Path) -> str:
+    """What a tokenizer's file, however it is called, is called in a model folder."""
+    for name in (HUGGINGFACE_FILE, SENTENCEPIECE_FILE):
+        if file.suffix == Path(name).suffix:
+            return name
+    raise UserError(f"{file}: expected a {HUGGINGFACE_FILE} or a {SENTENCEPIECE_FILE} as --tokenizer")
 
 
 def _check_depth(value: Any, file: Path) -> None:

@@ -87,10 +87,10 @@ def byte_tokenizer(special: dict[str, int], letters: int, size: int) -> tokenize
     return out
 
 
-def convert_by_verb(official: Path, out: Path) -> Path:
+def convert_by_verb(*arguments: object, out: Path) -> Path:
     """`out`, which the verb `convert` wrote."""
     with pytest.raises(SystemExit) as done:
-        main(["convert", str(official), "--output", str(out)])
+        main(["convert", *map(str, arguments), "--output", str(out)])
     assert done.value.code == 0
     return out
 

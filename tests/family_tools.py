@@ -30,9 +30,9 @@ COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220)}
 
 def model_folder(kind: str, folder: Path) -> Path:
     """A model of the goldens (of transfusion-pytorch one of pixels, random), as `convert` would leave it."""
-    model, words = _model(kind)
+    model, tokenizer = _model(kind)
     folder.mkdir(parents=True)
-    words.save(str(folder / "words.json"))
+    tokenizer.save(str(folder / "words.json"))
     return save_model(folder / "model", model, folder / "words.json")
 
 
@@ -43,7 +43,7 @@ def _model(kind: str) -> tuple[Any, tokenizers.Tokenizer]:
     if kind == "show_o2":
         return test_show_o2.load_golden(), test_show_o2_convert.tokenizer()
     if kind == "monoformer":
-        return test_monoformer.load_golden("monoformer").model, _ids(164)
+        return test_monoformer.load_golden("monoformer").model, words(164)
     mx.random.seed(4)
     if kind == "janusflow":
         config = dataclasses.replace(janusflow_tools.config(), autoencoder=janusflow_tools.CODER)
@@ -51,15 +51,15 @@ def _model(kind: str) -> tuple[Any, tokenizers.Tokenizer]:
         model.load_weights(list(flat_parameters(janusflow_tools.model()).items()), strict=False)
         return model, janusflow_tools.tokenizer()
     picture = ModalityConfig(12, axial_positions=True, axes=2, shape=(3, 4))
-    return Lucidrains(LucidrainsConfig(60, 32, 2, 48, (picture,), dim_head=16, heads=2, patch_size=2)), _ids(
+    return Lucidrains(LucidrainsConfig(60, 32, 2, 48, (picture,), dim_head=16, heads=2, patch_size=2)), words(
         194
     )
 
 
-def _ids(size: int) -> tokenizers.Tokenizer:
+def words(size: int) -> tokenizers.Tokenizer:
     """Words that are the numbers of their ids, and a few of captions."""
-    words = ["<unk>", "<s>", "</s>", *COLOURS, "square"]
-    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(size - len(words)))])}
+    known = ["<unk>", "<s>", "</s>", *COLOURS, "square"]
+    vocab = {word: i for i, word in enumerate([*known, *(f"w{i}" for i in range(size - len(known)))])}
     data = {
         "version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [],
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},

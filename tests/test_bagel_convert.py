@@ -44,10 +44,8 @@ def tokenizer() -> tokenizers.Tokenizer:
     return byte_tokenizer(special, BOS, BOS)
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as on the hub, but for the file of sizes that are public constants; tests do not write into it."""
-    folder = tmp_path_factory.mktemp("hub") / "BAGEL-tiny"
+def official_folder(folder: Path) -> Path:
+    """A folder as on the hub, but for the file of sizes that are public constants."""
     folder.mkdir()
     for file in FIXTURE.glob("*.*"):
         if file.name != "io.safetensors":
@@ -60,9 +58,15 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official folder; tests do not write into it."""
+    return official_folder(tmp_path_factory.mktemp("hub") / "BAGEL-tiny")
+
+
+@pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory, official: Path) -> Path:
     """What the verb `convert` made of it, set to small pictures."""
-    out = convert_by_verb(official, tmp_path_factory.mktemp("models") / "bagel")
+    out = convert_by_verb(official, out=tmp_path_factory.mktemp("models") / "bagel")
     file = out / "config.json"
     config = json.loads(file.read_text())
     sizes = {"image_height": 24, "image_width": 32, "input_height": 12, "input_width": 20}

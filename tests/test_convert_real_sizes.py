@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlx_transfusion.cli import main
 
 synthetic = module("synthetic")
 CONFIGS = Path(__file__).parent / "fixtures" / "real_sizes"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "converters.md"
 INSIDE = {"BAGEL-7B-MoT": "ae.safetensors", "show-o2-1.5B": "vae.safetensors"}
 """Autoencoders that lie in the same folder."""
 AUTOENCODERS = {"JanusFlow-1.3B": "sdxl-vae", "MonoFormer_ImageNet_256": "sd-vae-ft-mse"}
@@ -75,16 +77,29 @@ def test_every_tensor_has_its_place(folder: Path, capsys: pytest.CaptureFixture[
     assert facts["parameters"] == pytest.approx(millions * 1e6, rel=1e-3)
 
 
-def test_quantised_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The predictions that the documentation tells; JanusFlow fits into 1.5 GB at 4 bits."""
-    sizes = {
-        name: {bits: dry_run(folder, name, capsys, "-q", bits)["weights"] for bits in ("4", "8")}
-        for name in ("JanusFlow-1.3B", "SmolLM2-135M-Instruct", "Llama-3.2-1B")
-    }
-    assert sizes["JanusFlow-1.3B"]["4"] < 1.5e9
-    assert sizes["JanusFlow-1.3B"]["8"] == pytest.approx(2.34e9, rel=0.01)
-    assert sizes["SmolLM2-135M-Instruct"]["4"] == pytest.approx(82.8e6, rel=0.01)
-    assert sizes["Llama-3.2-1B"]["4"] == pytest.approx(761e6, rel=0.01)
+ROW = re.compile(
+    r"\| ([\w.-]+)[^|]* \| ([\d.]+) billion \| ([\d.]+ [GM]B) \| ([\d.]+ [GM]B) \| ([\d.]+ [GM]B) \|"
+)
+PREDICTED = [match.groups() for match in ROW.finditer(DOCUMENT.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("row", PREDICTED, ids=[row[0] for row in PREDICTED])
+def test_the_documentation_tells_what_is_predicted(
+    folder: Path, capsys: pytest.CaptureFixture[str], row: tuple[str, ...]
+) -> None:
+    name = next(p.name for p in folder.iterdir() if p.name.lower().startswith(row[0].lower()))
+    facts = [dry_run(folder, name, capsys, *flags) for flags in ((), ("-q", "8"), ("-q", "4"))]
+    assert f"{facts[0]['parameters'] / 1e9:.{len(row[1].split('.')[1])}f}" == row[1]
+    for fact, told in zip(facts, row[2:], strict=True):
+        number, unit = told.split()
+        digits = len(number.partition(".")[2])
+        assert f"{fact['weights'] / {'GB': 1e9, 'MB': 1e6}[unit]:.{digits}f}" == number
+
+
+def test_the_document_has_all_of_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coders = {*AUTOENCODERS.values()}
+    assert len(PREDICTED) == len([p for p in folder.iterdir() if p.name not in coders])
+    assert dry_run(folder, "JanusFlow-1.3B", capsys, "-q", "4")["weights"] <= 1.5e9
 
 
 def test_memory_counts_keys_and_values(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,15 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     assert source.tokenizer_files().keys() == {"tokenizer.json", "tokenizer_config.json"}
     alone = sources.Source(tmp_path / "model", tokenizer=tmp_path / "model" / "tokenizer.json")
     assert alone.tokenizer_files() == {"tokenizer.json": tmp_path / "model" / "tokenizer.json"}
+    for called, name in (("words.json", "tokenizer.json"), ("pieces.model", "tokenizer.model")):
+        file = tmp_path / called
+        file.touch()
+        assert sources.Source(tmp_path / "model", tokenizer=file).tokenizer_files() == {name: file}
+    (tmp_path / "words.txt").touch()
+    with pytest.raises(
+        UserError, match=r"words\.txt: expected a tokenizer\.json or a tokenizer\.model as --tok"
+    ):
+        sources.Source(tmp_path / "model", tokenizer=tmp_path / "words.txt").tokenizer_files()
 
 
 @pytest.fixture(scope="module")

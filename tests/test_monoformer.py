@@ -15,7 +15,7 @@ import pytest
 from convert_package import module
 from mlx.utils import tree_map
 
-from mlx_transfusion import trigflow
+from mlx_transfusion import losses, trigflow
 from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Painted, Token
@@ -188,7 +188,13 @@ def test_training_pass(golden: Golden) -> None:
     eps, variance = golden.model.predict(x, io["train.t"][row : row + 1], prefill(golden.model, [before]))
     assert_close(eps, patches(io["train.x_out"][None, :4]))
     assert_close(variance, patches(io["train.x_out"][None, 4:]))
-    assert_close(mx.square(eps - patches(io["train.noise"][None])).mean(), io["train.mse"][0])
+    assert_close(losses.image_errors(eps, patches(io["train.noise"][None])), io["train.mse"])
+    # The language loss leaves out the sample with a picture.
+    labels = io["train.labels"][1 - row, 1:]
+    logits = golden.model.text_logits(io["train.input_ids"][1 - row : 2 - row])[0, :-1]
+    known = labels >= 0
+    words = losses.text_loss(logits, mx.where(known, labels, 0), known) / known.sum()
+    assert_close(words, io["train.lm_loss"])
 
 
 # ---- reading pictures --------------------------------------------------------------------------------------

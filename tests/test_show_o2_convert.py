@@ -38,19 +38,23 @@ def tokenizer() -> tokenizers.Tokenizer:
     return byte_tokenizer({show_o2_config.TOKENS[key]: i for key, i in IDS.items()}, 160, 176)
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as on the hub, with files of sizes beside it; ids are the tokenizer's. Tests do not write here."""
-    folder = tmp_path_factory.mktemp("hub") / "show-o2-tiny"
+def official_folder(folder: Path) -> Path:
+    """A folder as on the hub, with files of sizes beside it; ids are the tokenizer's."""
     shutil.copytree(FIXTURE, folder, ignore=shutil.ignore_patterns("io.safetensors", "inference_config.json"))
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
 @pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official folder; tests do not write into it."""
+    return official_folder(tmp_path_factory.mktemp("hub") / "show-o2-tiny")
+
+
+@pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory, official: Path) -> Path:
     """What the verb `convert` made of it."""
-    return convert_by_verb(official, tmp_path_factory.mktemp("models") / "show-o2")
+    return convert_by_verb(official, out=tmp_path_factory.mktemp("models") / "show-o2")
 
 
 # ---- the table ----

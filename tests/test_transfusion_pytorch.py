@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 from convert_package import module
 
-from mlx_transfusion import trigflow
+from mlx_transfusion import losses, trigflow
 from mlx_transfusion.cli import main
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.events import Token
@@ -150,6 +150,24 @@ def test_text(golden: Golden) -> None:
     ids = np.array(golden.io["text.input_ids"])
     hidden = golden.model.read_text(ids, np.ones(ids.shape, bool), golden.model.new_cache(2))
     assert_close(golden.model.lm_head(hidden), golden.io["text.logits"])
+
+
+def test_losses(golden: Golden) -> None:
+    """Of a text, and the flow loss of a batch, with the weights that the package gives them."""
+    io, c = golden.io, golden.model.config
+    ids = io["text.input_ids"]
+    logits = golden.model.text_logits(ids[:, :-1])
+    words = logits[..., : c.num_text_tokens].reshape(-1, c.num_text_tokens)  # it leaves out all marks here
+    targets = ids[:, 1:].reshape(-1)
+    assert_close(losses.text_loss(words, targets, mx.ones(targets.size)) / targets.size, io["text.loss"])
+    errors, tokens = [], 0
+    for sample in (0, 1):
+        items = document(golden, sample)
+        tokens += sum(item.size if isinstance(item, np.ndarray) else item[0].shape[1] for item in items)
+        for flow, index in zip(read(golden.model, items)[1], [0] if sample == 0 else [1, 2], strict=True):
+            wanted = golden.latents(f"mixed.flow_target.{index}")
+            errors.append(losses.image_errors(flow, wanted) * wanted.size)
+    assert_close(mx.concatenate(errors).sum() / tokens, io["mixed.loss.flow"])
 
 
 def test_pictures_alone(golden: Golden) -> None:
@@ -452,18 +470,21 @@ def test_impossible_configs(golden: Golden, change: dict[str, object]) -> None:
         dataclasses.replace(golden.model.config, **change)
 
 
+def latents_folder(arguments: Path, folder: Path) -> Path:
+    """A checkpoint of a random model of latents of four channels, with the other arguments of a golden."""
+    data = json.loads(arguments.read_text()) | {"dim_latent": 4, "modality_default_shape": [4, 6]}
+    config = convert.read_config(data, "config.json")
+    weights = table.restore(convert.entries(config), flat_parameters(Lucidrains(config)))
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
 def test_latents_of_an_autoencoder(golden: Golden, tmp_path: Path) -> None:
     """A model of four channels, converted with an AutoencoderKL, paints pictures."""
-    arguments = json.loads((golden.folder / "config.json").read_text()) | {
-        "dim_latent": 4,
-        "modality_default_shape": [4, 6],
-    }
-    config = convert.read_config(arguments, "config.json")
-    model = Lucidrains(config)
-    weights = table.restore(convert.entries(config), flat_parameters(model))
-    source = with_tensors(golden, tmp_path / "source", weights)
-    (source.path / "config.json").write_text(json.dumps(arguments))
-    loaded = converted(source.path, tmp_path / "out", "--autoencoder", FIXTURES / "kl-sd")
+    source = latents_folder(golden.folder / "config.json", tmp_path / "source")
+    loaded = converted(source, tmp_path / "out", "--autoencoder", FIXTURES / "kl-sd")
     image = generate_images(loaded, "1 2 3", 4, GenerationSettings(steps=2, guidance=2))[0]
     assert image.pixels.shape == (16, 24, 3)
     pixels = mx.random.uniform(shape=(1, 16, 24, 3), key=mx.random.key(9))

@@ -88,6 +88,8 @@ def convert(
         convert_package.quantize.Options(quantize, group_size, getattr(mx, dtype) if dtype else None),
         family,
     )
+    if not dry_run:
+        convert_package.run.check_tokenizer(done)
     facts = convert_package.predict.facts(done)
     if not dry_run and output is not None:
         with bar("convert", done.nbytes) as progress:

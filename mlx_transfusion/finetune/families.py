@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_io import family
+from mlx_transfusion.models.family import PictureFamily
 from mlx_transfusion.training.config import AdapterTraining
 
 
@@ -60,6 +63,15 @@ PARTS = {
     ),
 }
 """By `model_type`: the families whose models can be distilled and fine-tuned."""
+
+
+def check_paints(kind: str, name: str) -> None:
+    """Raises UserError for a model (its `model_type`, and what the user calls it) that knows no pictures."""
+    if not issubclass(family(kind).model, PictureFamily):
+        raise UserError(
+            f"model {name} only writes text: give it a picture side first (the verb extend), or name a model that "
+            "paints"
+        )
 
 
 def with_targets(spec: AdapterTraining, kind: str) -> AdapterTraining:

@@ -15,15 +15,16 @@ from mlx.utils import tree_unflatten
 from mlx_transfusion import lora
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.base import GROUPS
-from mlx_transfusion.finetune.families import PARTS, Parts, with_targets
+from mlx_transfusion.finetune.families import PARTS, Parts, check_paints, with_targets
 from mlx_transfusion.finetune.layers import Gate, flat_trained, insert, targets
 from mlx_transfusion.finetune.step import write_adapter
 from mlx_transfusion.lora_extract import base_name
 from mlx_transfusion.model_files import read_safetensors
 from mlx_transfusion.model_io import Loaded, load, read_config, save_model
-from mlx_transfusion.model_path import is_adapter, resolve
+from mlx_transfusion.model_path import display_name, is_adapter, resolve
 from mlx_transfusion.models.family import PictureFamily
 from mlx_transfusion.objective import read_objective
+from mlx_transfusion.quantization import dequantize
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import read_model
 from mlx_transfusion.training.config import AdapterTraining, TrainConfig
@@ -103,6 +104,7 @@ def family_run(config: TrainConfig) -> FamilyRun | None:
     if config.model is not None and not Path(start).is_dir():
         return None  # a run of our own family goes on without the model that it began with
     kind = read_config(resolve(start))[0].model_type
+    check_paints(kind, display_name(start, resolve(start)))
     if kind not in PARTS:
         return None
     _check(config, kind)
@@ -115,6 +117,8 @@ def family_run(config: TrainConfig) -> FamilyRun | None:
     gate, names = Gate(), []
     if config.adapter is not None:
         names = _insert(loaded, with_targets(config.adapter, kind), config.seed, gate)
+    else:
+        dequantize(loaded.model, mx.float32)
     return FamilyRun(loaded, _teacher(config, loaded, bool(names)), config, PARTS[kind], names, gate)
 
 
@@ -144,14 +148,18 @@ def _insert(loaded: Loaded, spec: AdapterTraining, seed: int, gate: Gate) -> lis
             f"{', '.join(PARTS[kind].painting)}"
         )
     if spec.quantize is not None:
-        widths = {n: m.weight.shape[-1] for n, m in model.named_modules() if n in names}
+        linear = {n: m for n, m in model.named_modules() if n in names and isinstance(m, nn.Linear)}
+        widths = {n: m.weight.shape[-1] for n, m in linear.items()}  # others have few bits already
         group = next((g for g in GROUPS if any(w % g == 0 for w in widths.values())), None)
-        if group is None:
+        if widths and group is None:
             raise UserError(
                 f"model {loaded.name}: no layer's width divides into groups of {GROUPS[-1]}: leave out the "
                 "quantisation"
             )
-        nn.quantize(model, group, spec.quantize, class_predicate=lambda n, _: widths.get(n, 1) % group == 0)
+        if group is not None:
+            nn.quantize(
+                model, group, spec.quantize, class_predicate=lambda n, _: widths.get(n, 1) % group == 0
+            )
     return insert(model, spec, seed, gate)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_transfusion import quantization
 from mlx_transfusion.adapters import PAINTER, load_adapted
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import read_config, read_weights, save_model
 from mlx_transfusion.model_path import is_adapter, resolve
-from mlx_transfusion.quantization import quantize_like
 
 TABLES = ("training", "objective", "generation")
 
@@ -35,7 +35,11 @@ def fuse(
     model: Any = loaded.model
     if stored and not dequantize:
         weights = read_weights(path)
-        quantize_like(model, {*weights, *(PAINTER + name for name in weights)}, stored, str(path))
+        quantization.quantize_like(
+            model, {*weights, *(PAINTER + name for name in weights)}, stored, str(path)
+        )
+    elif stored:
+        quantization.dequantize(model, mx.float32)
     dtype = None if stored else _dtype(path)
     extra = {key: table for key, table in loaded.extra.items() if key in TABLES}
     return save_model(output, model, loaded.tokenizer, extra, dtype=dtype)

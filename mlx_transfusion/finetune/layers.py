@@ -79,7 +79,14 @@ class AdaptedLinear(nn.Module):
 def plain_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
     """The matrix [outputs, inputs] of a linear layer."""
     if isinstance(linear, nn.QuantizedLinear):
-        return mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        return mx.dequantize(
+            linear.weight,
+            linear.scales,
+            linear.get("biases"),
+            linear.group_size,
+            linear.bits,
+            mode=linear.mode,
+        )
     return linear.weight
 
 

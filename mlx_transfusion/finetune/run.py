@@ -13,13 +13,13 @@ from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.config import FinetuneConfig, train_config
 from mlx_transfusion.finetune.data import UserData, read_user_data, write_rows
-from mlx_transfusion.finetune.families import PARTS
+from mlx_transfusion.finetune.families import PARTS, check_paints
 from mlx_transfusion.finetune.family_plan import estimate_family
 from mlx_transfusion.finetune.memory import Estimate, check_memory, estimate
 from mlx_transfusion.lora_extract import base_name
 from mlx_transfusion.model_files import write_json
 from mlx_transfusion.model_io import load_config, read_config, special_ids
-from mlx_transfusion.model_path import ADAPTER_CONFIG, is_adapter, resolve
+from mlx_transfusion.model_path import ADAPTER_CONFIG, display_name, is_adapter, resolve
 from mlx_transfusion.models.family import FamilyConfig
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.best import FOLDER as BEST_FOLDER
@@ -65,6 +65,7 @@ def make_plan(config: FinetuneConfig, write: bool = True) -> Plan:
     """
     path = resolve(config.model)
     converted = read_config(path)[0]
+    check_paints(converted.model_type, display_name(config.model, path))
     family = converted.model_type in PARTS
     model: Any = converted if family else load_config(config.model)
     _check_model(config, model)

@@ -21,6 +21,7 @@ from mlx_transfusion.model_files import read_safetensors, write_json, write_safe
 from mlx_transfusion.model_io import load
 from mlx_transfusion.model_path import ADAPTER_CONFIG
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
+from mlx_transfusion.quantization import dequantize
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.step import Step, Tree
@@ -79,6 +80,7 @@ class AdapterStep(Step):
 
         assert self._config.init is not None
         base = load(self._config.init, dtype=mx.float32)
+        dequantize(base.model, mx.float32)
         arrays = flat_trained(self._model, self._base.names)
         spec = lora.LoraParameters(self._spec.rank, self._spec.scale, tuple(self._base.names))
         config = dataclasses.replace(self.adapter_config(file.parent), lora_parameters=spec)

@@ -18,6 +18,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import load
 from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.models.discrete_config import DiscreteConfig
+from mlx_transfusion.quantization import dequantize
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet
 from mlx_transfusion.training.discrete_data import CodeTargets, targets_of
@@ -103,6 +104,7 @@ def new_discrete(config: TrainConfig, shape: DiscreteConfig, start: str | None) 
     model = Discrete(shape)
     if start is not None:
         begin = load(start, dtype=mx.float32)
+        dequantize(begin.model, mx.float32)
         theirs, ours = begin.config.to_dict(), shape.to_dict()
         if differs := [key for key in ours if theirs.get(key) != ours[key]]:
             raise UserError(

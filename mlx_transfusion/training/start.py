@@ -17,6 +17,7 @@ from mlx_transfusion.models.discrete import Discrete
 from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.models.transfusion import Coder, Transfusion, with_painter
 from mlx_transfusion.objective import read_objective
+from mlx_transfusion.quantization import dequantize
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet
@@ -68,7 +69,8 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer, start: str | None) -> T
     mx.random.seed(config.seed)
     model = Transfusion(shape)
     if start is not None:
-        begin = load(start, dtype=mx.float32).transfusion  # stored in half precision perhaps
+        begin = load(start, dtype=mx.float32).transfusion  # stored in half precision or few bits perhaps
+        dequantize(begin, mx.float32)
         theirs, ours = begin.config.to_dict(), shape.to_dict()
         # A student predicts the velocity whatever its teacher predicts; the rest of the weights still serve.
         free = {"prediction", "painter"} if config.consistency is not None else set()
