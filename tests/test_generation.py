@@ -416,6 +416,21 @@ def test_stop_texts(loaded: Loaded, script: Callable[[Sequence[int]], None]) -> 
     assert events[-1] == Finished("stop")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_repetition_penalty_counts_prompt_and_text(loaded: Loaded, temperature: float) -> None:
+    chosen = dataclasses.replace(
+        DEFAULTS, temperature=temperature, repetition_penalty=1e6, max_tokens=30, max_images=0
+    )
+    written = loaded.tokenizer.encode("red heart")
+    for event in complete(loaded, "red heart", 1, chosen):
+        written += event.ids if isinstance(event, Token) else ()
+    assert len(written) > 10
+    assert len(set(written)) == len(written)
+    plain = complete(loaded, "red heart", 1, dataclasses.replace(chosen, temperature=0, repetition_penalty=1))
+    ids = [i for event in plain if isinstance(event, Token) for i in event.ids]
+    assert len(set(ids)) < len(ids)
+
+
 def test_text_depends_on_its_seed_only(loaded: Loaded) -> None:
     chosen = dataclasses.replace(DEFAULTS, temperature=1.5, max_tokens=12, max_images=0)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases beside `metrics.jsonl`: a stand-in takes the place of the package."""
+"""TensorBoard and Weights & Biases beside `metrics.jsonl`: stand-ins take the place of the packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,54 @@ from typing import Any
 import pytest
 
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.training import metrics
 from mlx_transfusion.training.metrics import MetricsLog
+
+
+class Writer:
+    """What TensorBoard's SummaryWriter does, as far as it is used."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self.scalars: list[tuple[str, float, int]] = []
+        self.closed = False
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("module", ["torch.utils.tensorboard", "tensorboardX"])
+def test_tensorboard_when_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """A resumed run takes back what was logged of the steps that it repeats."""
+    writers: list[Writer] = []
+
+    def make(*args: Any, **kwargs: Any) -> Writer:
+        writers.append(Writer(*args, **kwargs))
+        return writers[-1]
+
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object() if module.startswith("torch") else None)
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=make))
+    log = MetricsLog(tmp_path, 4)
+    log.write(5, {"text_loss": 2.5, "image_loss": 0.5})
+    log.close()
+    (writer,) = writers
+    assert (writer.folder, writer.purge_step) == (str(tmp_path / "tensorboard"), 5)
+    assert writer.scalars == [("text_loss", 2.5, 5), ("image_loss", 0.5, 5)]
+    assert writer.closed
+
+
+def test_without_tensorboard_there_is_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"text_loss": 2.5})
+    log.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 class Run:

@@ -7,10 +7,23 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from mlx_transfusion.cli import app
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    {
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("examples/*/README.md"),
+    }
+)
+COMMAND: Any = get_command(app)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```(\w+)\n(.*?)```\n(<!-- not run by the tests: .*? -->)?", re.DOTALL)
 
@@ -44,6 +57,34 @@ def test_long_commands_name_files_that_exist() -> None:
     assert files
     for file in files:
         assert (ROOT / file).is_file()
+
+
+def parse(arguments: list[str]) -> None:
+    """Read a command line without running it. Raises KeyError for an unknown verb, click's error for bad flags."""
+    command = COMMAND
+    while hasattr(command, "commands"):
+        verb, *arguments = arguments
+        command = command.commands[verb]
+    command.make_context(verb, arguments)
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_documented_commands_have_verbs_and_flags_that_exist(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    for body in (body for kind, body, _ in BLOCK.findall(text) if kind == "sh"):
+        for line in body.replace("\\\n", " ").splitlines():
+            line = re.sub(r" \[(--[^]]+)\]", r" \1", line)  # [--flag]: optional
+            line = re.sub(r" \$\([^)\"]+\)", " FILE", line)
+            words = shlex.split(line, comments=True)
+            if "mlx-transfusion" in words:
+                parse(words[words.index("mlx-transfusion") + 1 :])
+
+
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    with pytest.raises(Exception, match="--stepz"):
+        parse(["generate", "x", "--stepz", "3"])
+    with pytest.raises(KeyError, match="tune"):
+        parse(["tokenizer", "tune"])
 
 
 def test_python_runs(tmp_path: Path) -> None:

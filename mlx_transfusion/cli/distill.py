@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_transfusion.cli.terminal import result
-from mlx_transfusion.cli.train import Overrides, Resume
+from mlx_transfusion.cli.train import Overrides, Resume, SkipBadRows, with_flags
 from mlx_transfusion.errors import UserError
 
 
@@ -17,13 +17,14 @@ def distill(
         Path, typer.Argument(metavar="CONFIG.toml", help="Training configuration with a [consistency] table.")
     ],
     overrides: Overrides = None,
+    skip_bad_rows: SkipBadRows = False,
     resume: Resume = True,
 ) -> None:
     """Distil a diffusion model into one that paints in one or two steps; prints its last checkpoint."""
     from mlx_transfusion.training.config import load_train_config
     from mlx_transfusion.training.trainer import train as run
 
-    loaded = load_train_config(config, overrides or [])
+    loaded = load_train_config(config, with_flags(overrides, skip_bad_rows))
     if loaded.consistency is None:
         raise UserError(
             f"{config}: has no [consistency] table: add one, or use the verb train for a diffusion model"

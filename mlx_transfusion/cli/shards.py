@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_transfusion.cli.terminal import bar, message, result
-from mlx_transfusion.cli.train import Overrides
+from mlx_transfusion.cli.train import Overrides, SkipBadRows, with_flags
 
 app = typer.Typer(
     no_args_is_help=True, help="Pack and tokenise data before a large run (docs/full_scale.md)."
@@ -39,6 +39,7 @@ def build(
     flips: Annotated[bool, typer.Option("--flips", help="Also the latents of mirrored pictures.")] = False,
     dtype: Annotated[str, typer.Option(help="Of latents: float16 or float32.")] = "float16",
     overrides: Overrides = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Tokenise and pack each input into a shard, its pictures as pixels or latents; goes on where it was stopped."""
     from mlx_transfusion.shards.build import build as run
@@ -50,7 +51,7 @@ def build(
         from mlx_transfusion.shards.ray_build import on_ray
 
     recipe = make_recipe(
-        load_train_config(config, overrides or []),
+        load_train_config(config, with_flags(overrides, skip_bad_rows)),
         flips=flips,
         dtype=dtype,
         images=str(images) if images else None,

@@ -18,21 +18,34 @@ Overrides = Annotated[
         help="Override a key, e.g. optimizer.learning_rate=1e-3. Repeatable.",
     ),
 ]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-rows",
+        help="Leave out rows of data that cannot be used, and count them, instead of stopping.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option(help="Continue from the output folder's newest checkpoint, when it has one.")
 ]
 
 
+def with_flags(overrides: list[str] | None, skip_bad_rows: bool) -> list[str]:
+    """The overrides of --set and of the flag that stands for one."""
+    return [*(overrides or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
+
+
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Training configuration.")],
     overrides: Overrides = None,
+    skip_bad_rows: SkipBadRows = False,
     resume: Resume = True,
 ) -> None:
     """Train a model; prints the folder of its last checkpoint, which every other verb takes as --model."""
     from mlx_transfusion.training.config import load_train_config
     from mlx_transfusion.training.trainer import train as run
 
-    loaded = load_train_config(config, overrides or [])
+    loaded = load_train_config(config, with_flags(overrides, skip_bad_rows))
     if loaded.consistency is not None:
         raise UserError(f"{config}: has a [consistency] table: use the verb distill")
     result(str(run(loaded, resume=resume)))

@@ -240,11 +240,11 @@ class TrainConfig:
     valid_batches: int = 4
     save_every: int = 500
     keep: int = 2
+    """Number of checkpoints kept."""
     best_by: str = ""
     """Name of the validation number, e.g. "valid_image_loss", by whose lowest value OUTPUT/best is kept."""
     patience: int = 0
     """Validations without a lower `best_by` after which the run stops; 0 never stops it."""
-    """Number of checkpoints kept."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,14 @@ def _step(line: str) -> float:
 
 
 def _tensorboard(folder: Path, resumed_step: int) -> Any:
+    """torch's writer, tensorboardX's, or None. torch takes seconds to import, and has none without tensorboard."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        try:
+        if find_spec("tensorboard") and find_spec("torch"):
+            from torch.utils.tensorboard import SummaryWriter
+        else:
             from tensorboardX import SummaryWriter
-        except ImportError:
-            return None
+    except ImportError:
+        return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
 

@@ -142,6 +142,25 @@ def test_validation_measures_the_average_weights(config: MakeConfig, toml: Path)
     assert all(mx.array_equal(v, weights[k]).item() for k, v in tree_flatten(trainer.state.weights))
 
 
+def test_sample_grids_show_the_average_weights(config: MakeConfig) -> None:
+    trainer = Trainer(config("sample.prompts=['red heart']", "sample.every=1"))
+    trainer.state.weights = tree_map(lambda w: w + 0.1, trainer.state.weights)
+
+    def sheet() -> np.ndarray:
+        trainer._sample_grid()
+        with Image.open(trainer.output / "samples" / "step-00000000.png") as picture:
+            return np.asarray(picture)
+
+    fresh = sheet()
+    trainer.state.ema = tree_map(
+        lambda w: w + 0.2 * mx.random.normal(w.shape, key=mx.random.key(w.size)), trainer.state.ema
+    )
+    averaged = sheet()
+    assert (averaged != fresh).any()
+    trainer.state.weights = trainer.state.ema
+    np.testing.assert_array_equal(sheet(), averaged)
+
+
 def test_start_from_a_model_folder(
     config: MakeConfig, two_steps: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
