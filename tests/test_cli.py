@@ -332,6 +332,16 @@ def test_info_of_the_presets(cli: Cli) -> None:
     assert set(PRESETS) == {"0.16b", "0.37b", "0.76b", "1.4b", "7b"}
 
 
+def test_info_tells_what_the_unet_adds(cli: Cli) -> None:
+    """0.27 billion at the paper's width (section 3.3)."""
+    plain, unet = (
+        json.loads(cli("info", "--preset", name, "--json").out)["parameters"] for name in ("7b", "7b-unet")
+    )
+    assert round((unet["total"] - plain["total"]) / 1e9, 2) == 0.27
+    assert unet["U-Net of patches"] == pytest.approx(unet["total"] - plain["total"], rel=1e-3)
+    assert "U-Net of patches  267," in cli("info", "--preset", "7b-unet").out
+
+
 def test_info_of_a_preset_takes_no_memory() -> None:
     """27 GB of weights, counted in a process that may not have 4."""
     code = (

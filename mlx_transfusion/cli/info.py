@@ -26,7 +26,11 @@ def info(
         str | None, typer.Argument(metavar="MODEL|FILE.png", help="Model, or a picture made here.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the paper: 0.16b, 0.37b, 0.76b, 1.4b, 7b.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A size of the paper: 0.16b, 0.37b, 0.76b, 1.4b, 7b; with its U-Net: 7b-unet.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -91,7 +95,9 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
 
 def _part(name: str) -> str:
     """Where a parameter is counted: the layers around patches, the transformer, or a foreign part by its own name."""
-    top = name.split(".")[0]
+    top, *below = name.split(".")
+    if top.startswith("patch_") and below[0] == "unet":
+        return "U-Net of patches"
     if top.startswith(("patch_", "angle_")):
         return "patch layers"
     return "transformer" if top in ("embed_tokens", "layers", "norm", "lm_head", "painter") else top
