@@ -13,12 +13,13 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_transfusion.autoencoder import trainer as trainer_module
-from mlx_transfusion.autoencoder.config import AutoencoderTraining, load_training
+from mlx_transfusion.autoencoder.bottleneck import draws
+from mlx_transfusion.autoencoder.config import AutoencoderTraining, CodebookConfig, LossConfig, load_training
 from mlx_transfusion.autoencoder.discriminator import Discriminator, hinge_loss
 from mlx_transfusion.autoencoder.folder import load_autoencoder
 from mlx_transfusion.autoencoder.measures import measure, psnr, reconstruct
 from mlx_transfusion.autoencoder.perceptual import Perceptual
-from mlx_transfusion.autoencoder.pictures import Pictures
+from mlx_transfusion.autoencoder.pictures import Pictures, to_signed
 from mlx_transfusion.autoencoder.trainer import Trainer, train
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.efficientnet import EfficientNetLite0, expected_shapes
@@ -221,12 +222,37 @@ def test_every_term_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     config = load_training(
         write_run(tmp_path),
-        ["data.size=32", "loss.perceptual=1", "loss.identity=0.2", "batch_size=2", "loss.gan_start=0"],
+        [
+            "data.size=32",
+            "loss.perceptual=1",
+            "loss.identity=0.2",
+            "loss.kl=0.3",
+            "batch_size=2",
+            "loss.gan_start=0",
+        ],
     )
-    values = Trainer(config)._train_step(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
-    assert all(
-        values[name] != 0 for name in ("l1", "perceptual", "identity", "kl", "adversarial", "discriminator")
+    trainer, pixels = Trainer(config), np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    weights = trainer.state.weights
+    total, (terms, *_) = trainer.step._loss(
+        weights["autoencoder"],
+        mx.array(to_signed(pixels)),
+        mx.array(draws(config, 0, 2)),
+        weights["discriminator"],
     )
+    trainer.model.update(weights["autoencoder"])
+    trainer.discriminator.update(weights["discriminator"])
+    weight = {"l1": 1, "perceptual": 1, "identity": 0.2, "adversarial": 0.5, "kl": 0.3, "discriminator": 0}
+    assert terms.keys() == weight.keys()
+    assert total.item() == pytest.approx(sum(w * terms[name].item() for name, w in weight.items()), rel=1e-5)
+    values = trainer._train_step(pixels)
+    assert all(values[name] != 0 for name in weight)
+
+
+def test_the_weights_are_the_papers() -> None:
+    """L1 + perceptual + 0.5 GAN from step 50,000 + 1e-6 KL; a codebook: 1 and beta 0.25 (section 3.2)."""
+    loss, codebook = LossConfig(), CodebookConfig()
+    assert (loss.perceptual, loss.gan, loss.gan_start, loss.kl) == (1, 0.5, 50_000, 1e-6)
+    assert (codebook.loss, codebook.commitment) == (1, 0.25)
 
 
 def test_psnr_is_what_it_is() -> None:

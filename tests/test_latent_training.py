@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -
         for i in range(COUNT):
             Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / f"{i}.png")
             rows.write(json.dumps({"image": f"{i}.png", "text": "red heart"}) + "\n")
+    Image.new("RGB", (SIZE, SIZE)).save(folder / "new.png")
+    (folder / "new.jsonl").write_text('{"image": "new.png", "text": "moon"}\n')
     for seed, name in enumerate(("vae", "other")):
         save_autoencoder(folder / name, coder(seed))
     (folder / "vae" / "optimizer.safetensors").write_bytes(b"of its training")
@@ -148,6 +151,23 @@ def test_another_autoencoder_beside_the_model_is_refused(
         assert said.code == 2
         assert "the model was trained with autoencoder" in said.err
         assert len(said.err.strip().splitlines()) == 1
+
+
+def test_an_autoencoder_of_other_channels_is_refused(
+    cli: Any, place: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Also where config.json does not say which autoencoder it was."""
+    swapped = tmp_path / "swapped"
+    shutil.copytree(trained, swapped)
+    file = swapped / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "coder"}))
+    shutil.rmtree(swapped / "autoencoder")
+    wider = AutoencoderKL(AutoencoderConfig.from_dict(coder(0).config.to_dict() | {"latent_channels": 6}))
+    save_autoencoder(swapped / "autoencoder", wider)
+    said = cli("generate", "red heart", "--model", swapped, "--output", tmp_path / "red.png")
+    assert said.code == 2
+    assert "its latents have 6 channels, and the model paints 4" in said.err
+    assert len(said.err.strip().splitlines()) == 1
 
 
 def test_a_codebook_beside_a_model_of_latents_is_refused(place: Path, trained: Path, tmp_path: Path) -> None:
@@ -253,18 +273,33 @@ def test_latents_of_several_sizes_from_encoding_to_painting(cli: Any, place: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.autoencoder=OTHER", "stale: made by autoencoder .*: encode the data set again"),
-        ("data.latents=['CODES']", "holds codes, expected latents: encode with the autoencoder of the model"),
+        ("data.autoencoder=FOLDER/other", "stale: made by autoencoder .*: encode the data set again"),
+        (
+            "data.latents=['FOLDER/codes.safetensors']",
+            "holds codes, expected latents: encode with the autoencoder of the model",
+        ),
         ("data.latents=[]", "image_channels is 4, and pictures have 3: encode them"),
         ("model.image_height=4", r"latents of shape \[8, 8, 4\].* expects \[4, 8, 4\]"),
+        ("model.image_channels=8", r"latents of shape \[8, 8, 4\].* expects \[8, 8, 8\]"),
+        ("model.patch_size=3", "image 8x8 cannot be cut into patches of 3"),
+        ("model.image_sizes=[[6, 8]]", "image 8x6 cannot be cut into patches of 4"),
         ("data.flip=0.5", "holds no mirrored pictures"),
+        (
+            "data.train=[{rows='FOLDER/new.jsonl'}]",
+            r"holds no latents of .*new\.png.*: encode the data set again",
+        ),
     ],
 )
-def test_what_does_not_fit(place: Path, tmp_path: Path, change: str, message: str) -> None:
-    change = change.replace("OTHER", str(place / "other")).replace("CODES", str(place / "codes.safetensors"))
-    with pytest.raises(UserError, match=message) as error:
-        train(config(place, tmp_path, change))
-    assert "\n" not in str(error.value)
+def test_what_does_not_fit(cli: Any, place: Path, tmp_path: Path, change: str, message: str) -> None:
+    change = change.replace("FOLDER", str(place))
+    if change.startswith("model.image_channels"):
+        change += f"\nmodel.image_mean={[0.0] * 8}"
+    sets = [flag for one in change.split("\n") for flag in ("--set", one)]
+    said = cli("train", place / "train.toml", *sets, "--set", f"output={tmp_path / 'run'}")
+    assert said.code == 2
+    assert len(said.err.strip().splitlines()) == 1, said.err
+    assert re.search(message, said.err), said.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_grids_need_the_autoencoder(place: Path, tmp_path: Path) -> None:

@@ -148,6 +148,17 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, ema: str) -> None:
 
 
 @pytest.mark.parametrize("ema", ["true", "false"])
+def test_the_loss_of_a_run(tmp_path: Path, ema: str) -> None:
+    """L1 + 1 codebook + 0.25 commitment; running means have no codebook loss."""
+    trainer = Trainer(load_training(write_run(tmp_path), [*VQ, f"codebook.ema={ema}"]))
+    pixels, weights = mx.array(to_signed(trainer.train.batch(0, 4))), trainer.state.weights["autoencoder"]
+    total, (terms, *_) = trainer.step._loss(weights, pixels, mx.zeros((16,), mx.int32), None)
+    weight = {"l1": 1, "codebook": 0 if ema == "true" else 1, "commitment": 0.25}
+    assert all(terms[name].item() > 0 for name in weight)
+    assert total.item() == pytest.approx(sum(w * terms[name].item() for name, w in weight.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize("ema", ["true", "false"])
 def test_training_learns_pictures_and_codes(tmp_path: Path, ema: str) -> None:
     toml = write_run(tmp_path)
     trainer = Trainer(load_training(toml, [*VQ, "steps=40", f"codebook.ema={ema}", "data.flip=0"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from full_forward import full_forward, random_images, train_arrays
@@ -174,6 +175,33 @@ def test_a_residual_block_is_that_of_torch() -> None:
     (got,), (moved,) = mx.jvp(block, [x, features], [normal(x.shape, 2), normal((2, 6), 3)])
     np.testing.assert_allclose(got, value.permute(0, 2, 3, 1).numpy(), atol=1e-4)
     np.testing.assert_allclose(moved, tangent.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("patch", [2, 8])
+def test_each_block_up_reads_what_its_mirror_down_gave(tiny_config: ModelConfig, patch: int) -> None:
+    """The last block down meets the first one up, and so on to the first down and the last up."""
+    c = dataclasses.replace(
+        tiny_config, image_height=16, image_width=16, patch_size=patch, **UNET | {"unet_blocks": 2}
+    )
+    down, up = randomize(UNetDown(c)), randomize(UNetUp(c), seed=50)
+    images, angle = normal((2, 16, 16, 3), 0), normal((2, c.hidden_size), 1)
+    hidden, skips = normal((2, c.patches_per_image, c.hidden_size), 2), down(images, angle)[1]
+    assert len(skips) == 2 * (math.log2(patch) + 1)
+
+    features = nn.silu(up.time_proj(nn.silu(angle)))
+    x = up.proj_in(hidden).reshape(2, 16 // patch, 16 // patch, -1)
+    unread = list(skips)
+    for level in up.up_blocks:
+        for block in level.resnets:
+            x = block(mx.concatenate([x, unread.pop()], -1), features)
+        if "upsample" in level:
+            x = level.upsample(mx.repeat(mx.repeat(x, 2, 1), 2, 2))
+    expected = up.conv_out(nn.silu(up.conv_norm_out(x)))
+    out = up(hidden, angle, skips)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for i in range(len(skips)):
+        without = tuple(mx.zeros_like(s) if k == i else s for k, s in enumerate(skips))
+        assert relative(up(hidden, angle, without), out) > 1e-4, f"skip {i} is read"
 
 
 def parts(c: ModelConfig) -> dict[str, tuple[Function, list[mx.array]]]:

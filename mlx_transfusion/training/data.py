@@ -130,7 +130,18 @@ class DataSet:
         self._shares = [
             share for s, rows in zip(sources, self.rows, strict=True) for share in self._split(s, rows)
         ]
+        self._check_latents()
         self._ids: dict[str, tuple[int, ...]] = {}
+
+    def _check_latents(self) -> None:
+        """Raises UserError for pictures without latents, before the run and not when one is drawn."""
+        for share in self._shares:
+            for row in share.rows:
+                images = [s for s in row.segments if isinstance(s, ImageRef)]
+                for ref, size in zip(images, self._sizes(images, share.size), strict=True):
+                    pictures = self._pixels[size]
+                    if isinstance(pictures, LatentFiles):
+                        pictures.place(ref, self._data.flip > 0)
 
     def _open_pictures(self) -> Mapping[Size, LatentFiles | PixelCache]:
         """What gives the pictures of each size. Raises UserError where that is not what the model learns."""
@@ -272,10 +283,15 @@ class DataSet:
         if row.kind == "edit":
             angles[:-1] = [0.0] * (len(images) - 1)  # the source is given, not learned: it stays clean
             flips = flips[:1] * len(images)
+        sizes = self._sizes(images, size)
+        return Document(self._layout(segments, row, sizes), images, flips, angles, number, sizes)
+
+    def _sizes(self, images: Sequence[ImageRef], size: Size) -> list[Size]:
+        """What the pictures of a document are brought to: the last one to the size of its row."""
         sizes = [size] * len(images)
         if len(self._model.sizes) > 1 and len(images) > 1:
             sizes[:-1] = [best(*self._size_of(ref), self._model.sizes) for ref in images[:-1]]
-        return Document(self._layout(segments, row, sizes), images, flips, angles, number, sizes)
+        return sizes
 
     def _edit(self, segments: list[str | ImageRef], u: float) -> list[str | ImageRef]:
         """Source, instruction and target; sometimes less, for the branches of guidance (arXiv 2211.09800, 3.2.1)."""

@@ -85,20 +85,22 @@ class LatentCache:
                 f"{self.path}: latents of shape {list(self.shape[2:])}, {where} expects {list(shape)}"
             )
 
+    def place(self, ref: ImageRef, flipped: bool = False) -> tuple[int, int]:
+        """Where a picture's latents, or those of its mirrored version, lie. Raises UserError where they do not."""
+        if flipped and not self.flips:
+            raise UserError(f"{self.path}: holds no mirrored pictures: encode with --flips, or train without")
+        if ref.name not in self._place:
+            raise UserError(f"{self.path}: holds no latents of {ref}: encode the data set again")
+        return self._place[ref.name], int(flipped)
+
     def load(self, refs: Sequence[ImageRef], flips: Sequence[bool] | None = None) -> np.ndarray:
         """Latents of pictures in their order: float32 [N, h, w, C], a fresh array.
 
-        flips: per picture, whether its mirrored version is meant. Raises UserError for a picture that is not in the
-        file, and for flips where there are none.
+        flips: per picture, whether its mirrored version is meant. Raises UserError as `place`.
         """
-        if flips is not None and any(flips) and not self.flips:
-            raise UserError(f"{self.path}: holds no mirrored pictures: encode with --flips, or train without")
         out = np.empty((len(refs), *self.shape[2:]), self.dtype)
         for i, ref in enumerate(refs):
-            place = self._place.get(ref.name)
-            if place is None:
-                raise UserError(f"{self.path}: holds no latents of {ref}: encode the data set again")
-            out[i] = self._latents[place, int(bool(flips is not None and flips[i]))]
+            out[i] = self._latents[self.place(ref, bool(flips is not None and flips[i]))]
         return out
 
 
@@ -112,6 +114,10 @@ class LatentFiles:
         for cache in self._caches:
             cache.check(self.fingerprint, shape, f"the run's model and {self._caches[0].path}")
         self._file_of = {name: cache for cache in reversed(self._caches) for name in cache.names}
+
+    def place(self, ref: ImageRef, flipped: bool = False) -> tuple[int, int]:
+        """As `LatentCache.place`, in the first file that holds the picture."""
+        return self._file_of.get(ref.name, self._caches[0]).place(ref, flipped)
 
     def load(self, refs: Sequence[ImageRef], flips: Sequence[bool] | None = None) -> np.ndarray:
         """As `LatentCache.load`, from the first file that holds a picture."""
