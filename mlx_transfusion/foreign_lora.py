@@ -66,7 +66,7 @@ def read_foreign(path: Path, model: nn.Module, name: str) -> tuple[Adapter, Path
         assert key is not None
         a, b = _pair(file, theirs, found)
         rank = max(rank, a.shape[1])
-        factor = _factor(theirs, a.shape[1], found["alpha"], settings)
+        factor = _factor(file, theirs, a.shape[1], found["alpha"], settings)
         out |= {f"{key}.lora_a": a, f"{key}.lora_b": factor * b}
         if theirs in found["length"]:
             out[f"{key}.m"] = found["length"][theirs][1].astype(mx.float32).reshape(-1)
@@ -130,11 +130,18 @@ def _pair(file: Path, theirs: str, found: dict[str, Any]) -> tuple[mx.array, mx.
     return down.T, up.T
 
 
-def _factor(theirs: str, rank: int, alphas: dict[str, Any], settings: dict[str, Any]) -> float:
-    """alpha / r of a layer: from the file, from PEFT's config, or 1."""
+def _factor(file: Path, theirs: str, rank: int, alphas: dict[str, Any], settings: dict[str, Any]) -> float:
+    """alpha / r of a layer: from the file, from PEFT's config (the layer's own or that of all), or 1."""
     if theirs in alphas:
         return float(alphas[theirs][1].item()) / rank
     alpha = settings.get("lora_alpha")
+    try:
+        for pattern, own in (settings.get("alpha_pattern") or {}).items():
+            if re.match(rf"(?:.*\.)?(?:{pattern})$", theirs):  # as PEFT reads it
+                alpha = own
+                break
+    except (AttributeError, re.error) as error:
+        raise UserError(f"{file}: alpha_pattern in {ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(alpha, int | float):
         return 1.0
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

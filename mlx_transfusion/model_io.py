@@ -132,12 +132,15 @@ class Loaded:
         return digest.hexdigest()[:16]
 
 
-def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None = None) -> Loaded:
+def load(
+    name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None = None, lazy: bool = False
+) -> Loaded:
     """Read a model: None or a bundled name, a folder, or "org/name" of the Hugging Face hub.
 
     dtype: of the floating-point weights; None keeps the stored one, except on the CPU, where it is float32
     and quantised weights are expanded (half-precision and quantised products are 40 times slower there). An
-    adapter is added to its base, whose quantised weights are expanded everywhere.
+    adapter is added to its base, whose quantised weights are expanded everywhere. lazy: read each weight of a whole
+    model when it is first used, as in mlx-lm.
     Raises UserError for whatever is missing, corrupt or does not fit the config, and for an adapter whose base
     is not the one it was made for.
     """
@@ -159,7 +162,8 @@ def load(name: str | os.PathLike[str] | None = None, *, dtype: mx.Dtype | None =
     if dtype is not None:
         model.set_dtype(dtype)
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     attach_autoencoder(model, path / AUTOENCODER, fingerprint=_coder_fingerprint(extra))
     tokenizer = Tokenizer.load(path, special=special_ids(config))
     if tokenizer.vocab_size > config.vocab_size:

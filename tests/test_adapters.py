@@ -335,6 +335,23 @@ def test_a_peft_lora_loads(folder: Path, tmp_path: Path, pattern: str) -> None:
     assert changed == {f"{layer}.weight" for layer in layers}
 
 
+@pytest.mark.parametrize("pattern", ["q_proj", r"layers\.0\..*"])
+def test_peft_gives_a_layer_an_alpha_of_its_own(folder: Path, tmp_path: Path, pattern: str) -> None:
+    layers = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj")
+    names = {f"base_model.model.{layer}.lora_{{}}.weight": layer for layer in layers}
+    differences = write_foreign(tmp_path / "peft" / "adapter_model.safetensors", names)
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps({"r": 2, "lora_alpha": 6, "alpha_pattern": {pattern: 1}}))
+    base = flat_parameters(load(folder / "base").model)
+    made = flat_parameters(load_adapted(folder / "base", [str(tmp_path / "peft")]).model)
+    for layer, factor in zip(layers, (0.5, 3), strict=True):
+        difference = np.array(made[f"{layer}.weight"]) - np.array(base[f"{layer}.weight"])
+        np.testing.assert_allclose(difference, factor * differences[layer], rtol=1e-4, atol=1e-4)
+    file.write_text(json.dumps({"alpha_pattern": {"(": 1}}))
+    with pytest.raises(UserError, match=r"alpha_pattern in adapter_config\.json cannot be read"):
+        load_adapted(folder / "base", [str(tmp_path / "peft")])
+
+
 def test_a_kohya_lora_loads(folder: Path, tmp_path: Path) -> None:
     down, up = np.ones((2, 32), np.float32), np.full((32, 2), 0.5, np.float32)
     stem = "lora_unet_layers_1_self_attn_o_proj"

@@ -120,6 +120,8 @@ def test_gray_and_deep_images_become_rgb() -> None:
     assert (np.asarray(decode_image(encoded(Image.fromarray(gray)), "x")) == expected).all()
     deep = Image.fromarray(gray.astype(np.uint16) * 257)
     assert (np.asarray(decode_image(encoded(deep), "x")) == expected).all()
+    with pytest.raises(UserError, match="x: cannot decode the image: floating-point pixels"):
+        decode_image(encoded(Image.fromarray(gray.astype(np.float32) / 255), "TIFF"), "x")
     bits = np.asarray(decode_image(encoded(Image.fromarray(gray > 99)), "x"))
     assert (bits == np.where(expected > 99, 255, 0)).all()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,25 @@ def free_ports() -> int:
                 continue
             return port
     raise RuntimeError("no two free ports")
+
+
+def launch(script: Path, *arguments: object, processes: int = 2) -> str:
+    """Run a script by `mlx.launch`, and return what it printed. Skips the test where there is no launcher."""
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    if not launcher.exists():
+        pytest.skip("mlx.launch is not installed beside Python")
+    options = ["-n", processes, "--backend", "ring", "--starting-port", free_ports(), "--"]
+    command = [sys.executable, launcher, *options, sys.executable, script, *arguments]
+    # stdin stays open: the launcher reads it without end, and takes all of a core when there is nothing to read
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(),
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return output.decode()
 
 
 def environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_transfusion.cache_limit import limit_cache
 from mlx_transfusion.cli import options
 from mlx_transfusion.cli.job import Files, choose_seeds, new_job
 from mlx_transfusion.cli.terminal import bar, message, picture_path, result
@@ -51,6 +52,7 @@ def edit(
     height: options.Height = None,
     output: options.Output = Path("edited.png"),
     overwrite: options.Overwrite = False,
+    cache_limit: options.CacheLimit = None,
     as_json: options.Json = False,
 ) -> None:
     """Change a picture as an instruction says; prints the name of each file.
@@ -60,6 +62,7 @@ def edit(
     """
     if (instruction is None) == (repeat is None):
         raise UserError("give either an INSTRUCTION or --from FILE.png")
+    limit_cache(cache_limit)
     flags = {
         "sampler": sampler, "steps": steps, "angles": None, "spacing": spacing, "guidance": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_transfusion.cli import options
 from mlx_transfusion.cli.terminal import message, result
 from mlx_transfusion.cli.train import Resume
 
@@ -64,6 +65,13 @@ def finetune(
     grad_checkpoint: Annotated[
         bool | None, typer.Option("--grad-checkpoint", help="Less memory, a third more time.")
     ] = None,
+    low_ram: Annotated[
+        bool | None,
+        typer.Option(
+            "--low-ram", help="Converted models: encode all pictures first, then keep only what steps need."
+        ),
+    ] = None,
+    cache_limit: options.CacheLimit = None,
     caption: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Caption of pictures without a .txt.")
     ] = None,
@@ -102,12 +110,14 @@ def finetune(
     """
     from mlx_transfusion.finetune import run
     from mlx_transfusion.finetune.config import read_finetune_config
+    from mlx_transfusion.training.processes import is_main
 
     flags: dict[str, Any] = {
         "model": model, "data": data, "output": output, "type": kind, "rank": rank, "scale": scale,
         "layers": layers, "targets": targets, "image_only": image_only, "quantize": quantize,
         "learning_rate": learning_rate, "iters": iters, "batch_size": batch_size, "accumulate": accumulate,
-        "grad_checkpoint": grad_checkpoint, "caption": caption, "prior": prior, "prior_share": prior_share,
+        "grad_checkpoint": grad_checkpoint, "low_ram": low_ram, "cache_limit": cache_limit,
+        "caption": caption, "prior": prior, "prior_share": prior_share,
         "previews": preview, "preview_every": preview_every, "save_every": save_every, "patience": patience,
         "seed": seed,
     }  # fmt: skip
@@ -116,9 +126,12 @@ def finetune(
     if check and as_json:
         result(plan.report())
         return
-    _show(plan)
+    if is_main():
+        _show(plan)
     if not check:
-        result(str(run.finetune(settings, plan, resume, ignore_memory)))
+        folder = run.finetune(settings, plan, resume, ignore_memory)
+        if is_main():
+            result(str(folder))
 
 
 def _show(plan: Plan) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_transfusion.cache_limit import limit_cache
 from mlx_transfusion.cli import options
 from mlx_transfusion.cli.job import Files, Job, choose_seeds, job_from, new_job, read_prompts
 from mlx_transfusion.cli.terminal import Bar, bar, message, picture_path, result
@@ -57,6 +58,7 @@ def generate(
     preview_every: Annotated[
         int | None, typer.Option(metavar="N", help="Also write the estimate of every Nth step.")
     ] = None,
+    cache_limit: options.CacheLimit = None,
     as_json: options.Json = False,
 ) -> None:
     """Paint pictures; prints the name of each file.
@@ -67,6 +69,7 @@ def generate(
     """
     if sum(given is not None for given in (prompt, prompt_file, repeat)) != 1:
         raise UserError("give either a PROMPT, --prompt-file or --from")
+    limit_cache(cache_limit)
     flags = {
         "sampler": sampler, "steps": steps, "angles": angles, "spacing": spacing, "guidance": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": negative_prompt,

@@ -94,6 +94,12 @@ Temperature = Annotated[float, typer.Option("--temp", "--temperature", help="0 t
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Choose among this many of the likeliest tokens; 0 is off.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes words of the text so far less likely.")]
+CacheLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB", help="Freed memory that MLX keeps for reuse; 0 keeps none.", show_default="MLX's own"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON objects, one a line.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.png", help="Picture file, or a folder.")

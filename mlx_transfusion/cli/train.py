@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_transfusion.cli import options
 from mlx_transfusion.cli.terminal import result
 from mlx_transfusion.errors import UserError
 
@@ -30,22 +31,25 @@ Resume = Annotated[
 ]
 
 
-def with_flags(overrides: list[str] | None, skip_bad_rows: bool) -> list[str]:
-    """The overrides of --set and of the flag that stands for one."""
-    return [*(overrides or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
+def with_flags(overrides: list[str] | None, skip_bad_rows: bool, cache_limit: float | None) -> list[str]:
+    """The overrides of --set and of the flags that stand for one."""
+    bad = ["data.skip_bad_rows=true"] if skip_bad_rows else []
+    limit = [] if cache_limit is None else [f"cache_limit={cache_limit}"]
+    return [*(overrides or []), *bad, *limit]
 
 
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Training configuration.")],
     overrides: Overrides = None,
     skip_bad_rows: SkipBadRows = False,
+    cache_limit: options.CacheLimit = None,
     resume: Resume = True,
 ) -> None:
     """Train a model; prints the folder of its last checkpoint, which every other verb takes as --model."""
     from mlx_transfusion.training.config import load_train_config
     from mlx_transfusion.training.trainer import train as run
 
-    loaded = load_train_config(config, with_flags(overrides, skip_bad_rows))
+    loaded = load_train_config(config, with_flags(overrides, skip_bad_rows, cache_limit))
     if loaded.consistency is not None:
         raise UserError(f"{config}: has a [consistency] table: use the verb distill")
     result(str(run(loaded, resume=resume)))

@@ -56,4 +56,6 @@ def load_base(config: TrainConfig) -> Base:
             )
         quantize(model, spec.quantize, group)
     gate = Gate()
-    return Base(loaded, insert(model, spec, config.seed, gate), gate)
+    names = insert(model, spec, config.seed, gate)
+    mx.eval(model.parameters())
+    return Base(loaded, names, gate)

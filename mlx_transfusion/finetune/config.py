@@ -55,6 +55,10 @@ class FinetuneConfig:
     batch_size: int = 8
     accumulate: int = 1
     grad_checkpoint: bool = False
+    low_ram: bool = False
+    """Of a converted model: encode all pictures first, and keep out of memory what no step needs."""
+    cache_limit: float | None = TrainConfig.cache_limit
+    """GB of freed memory that MLX keeps for reuse."""
     dtype: str = "float32"
     caption: str | None = None
     """Of pictures that have none of their own."""
@@ -143,6 +147,8 @@ def train_config(
         seed=config.seed,
         dtype=config.dtype,
         gradient_checkpointing=config.grad_checkpoint,
+        low_ram=config.low_ram,
+        cache_limit=config.cache_limit,
         ema=0.99,
         valid_every=config.valid_every if valid else 0,
         best_by=BEST_BY if valid and config.valid_every else "",

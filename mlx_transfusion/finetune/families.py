@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -23,6 +24,18 @@ class Parts:
     is said about a user's picture stay bit for bit."""
     frozen: tuple[str, ...] = ()
     """Modules that a run of all weights leaves alone: autoencoders, encoders of users' pictures, tables."""
+    tables: tuple[str, ...] = ()
+    """Those of them that every pass reads."""
+    head: str = "lm_head"
+    """The module that turns hidden states into words."""
+
+    def idle(self, adapter: bool, text: bool) -> tuple[str, ...]:
+        """Modules that no step passes once all pictures are encoded.
+
+        adapter: whether an adapter is trained, or all weights; text: whether there are rows of text alone.
+        """
+        encoders = tuple(name for name in self.frozen if name not in self.tables)
+        return (*encoders, self.head) if adapter and not text else encoders
 
     def paints_only(self, names: list[str]) -> bool:
         """Whether all of these layers serve painting alone."""
@@ -35,12 +48,16 @@ _SHOW_O2 = ("flow_head.layers.*_proj", "flow_head.*steering.linear", "flow_head.
 
 PARTS = {
     "bagel": Parts(
-        _BAGEL, _BAGEL, ("autoencoder", "vision", "vision_positions", "connector", "latent_positions")
+        _BAGEL,
+        _BAGEL,
+        ("autoencoder", "vision", "vision_positions", "connector", "latent_positions"),
+        tables=("latent_positions",),
     ),
     "janusflow": Parts(
         ("language_model.model.layers.*_proj", *_JANUSFLOW),
         _JANUSFLOW,
         ("autoencoder", "vision_und_enc_model", "vision_und_enc_aligner", "beg_of_und_embed"),
+        head="language_model.lm_head",
     ),
     "monoformer": Parts(
         ("layers.*_proj", "x_embedder", "final_layer.*"),
@@ -60,6 +77,7 @@ PARTS = {
         ),
         ("modalities.*.leave",),
         ("autoencoder", "rotary_frequencies"),
+        tables=("rotary_frequencies",),
     ),
 }
 """By `model_type`: the families whose models can be distilled and fine-tuned."""
@@ -72,6 +90,11 @@ def check_paints(kind: str, name: str) -> None:
             f"model {name} only writes text: give it a picture side first (the verb extend), or name a model that "
             "paints"
         )
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether a weight or a layer of that dotted name is one of these modules, or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def with_targets(spec: AdapterTraining, kind: str) -> AdapterTraining:

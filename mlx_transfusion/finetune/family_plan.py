@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from mlx.nn import Linear
-from mlx.utils import tree_flatten
+from collections.abc import Mapping
 
-from mlx_transfusion.finetune.families import PARTS, with_targets
+import mlx.core as mx
+from mlx.nn import Linear
+
+from mlx_transfusion.finetune.families import PARTS, with_targets, within
 from mlx_transfusion.finetune.layers import targets
 from mlx_transfusion.finetune.memory import FLOAT, QUANTISED_OVERHEAD, Estimate
-from mlx_transfusion.model_io import build
+from mlx_transfusion.model_io import build, flat_parameters
 from mlx_transfusion.models.family import FamilyConfig
 from mlx_transfusion.training.config import TrainConfig
 
+CODER = "autoencoder"
+"""The module of every family that turns pixels into latents and back; some models have none."""
+CODER_ARRAYS = 6
+"""Arrays of a picture's size and of the width of the autoencoder's first layer that it holds at once."""
 
-def estimate_family(config: TrainConfig, model: FamilyConfig, tokens: int) -> Estimate:
+
+def estimate_family(config: TrainConfig, model: FamilyConfig, tokens: int, text: bool) -> Estimate:
     """A coarse estimate in bytes for documents of `tokens` positions.
 
-    Activations are counted as what goes into and comes out of every linear layer that is not always frozen, for each
-    token; attention's scores are not.
+    text: whether there are rows of text alone. Activations are counted as what goes into and comes out of every
+    linear layer that is not always frozen, for each token; attention's scores are not.
     """
     size = 2 if config.dtype == "bfloat16" else FLOAT
     parts, whole = PARTS[model.model_type], build(model)
     linear = {name: m.weight for name, m in whole.named_modules() if isinstance(m, Linear)}
-    moving = {name: w for name, w in linear.items() if name.split(".")[0] not in parts.frozen}
-    flat = dict(tree_flatten(whole.parameters()))
-    total = sum(value.size for value in flat.values())
+    moving = {name: w for name, w in linear.items() if not within(name, parts.frozen)}
+    flat = flat_parameters(whole)
+    idle = size * _count(flat, parts.idle(config.adapter is not None, text))
     spec = config.adapter
-    weights = total * size
+    weights = size * sum(value.size for value in flat.values()) - (idle if config.low_ram else 0)
     if spec is None:
-        trained = sum(value.size for name, value in flat.items() if name.split(".")[0] not in parts.frozen)
+        trained = sum(value.size for name, value in flat.items() if not within(name, parts.frozen))
         weights -= trained * size  # counted among the copies of what is trained
     else:
         spec = with_targets(spec, model.model_type)
@@ -40,4 +47,26 @@ def estimate_family(config: TrainConfig, model: FamilyConfig, tokens: int) -> Es
     documents = -(-config.batch_size // config.accumulate)
     activations = documents * tokens * size * sum(sum(w.shape) for w in moving.values())
     own = trained * FLOAT
-    return Estimate(weights, 3 * own, 2 * own, max(activations, 4 * own))
+    picture = size * CODER_ARRAYS * _first_layer(flat, whole.picture_size)
+    alone = picture + size * _count(flat, [CODER])  # where it is not among the weights
+    return Estimate(
+        weights,
+        3 * own,
+        2 * own,
+        activations=max(activations, 4 * own, 0 if config.low_ram else picture),
+        painting=(alone if config.low_ram else picture) if config.sample.every else 0,
+        encoding=alone if config.low_ram else 0,
+        idle=0 if config.low_ram else idle,
+        checkpoints=False,
+    )
+
+
+def _count(flat: Mapping[str, mx.array], modules: list[str] | tuple[str, ...]) -> int:
+    """Parameters in some modules."""
+    return sum(value.size for name, value in flat.items() if within(name, modules))
+
+
+def _first_layer(flat: Mapping[str, mx.array], picture: tuple[int, int]) -> int:
+    """Numbers in a picture of `picture` (height, width) behind the autoencoder's first convolution."""
+    convolutions = [v for n, v in flat.items() if within(n, [CODER]) and v.ndim >= 4 and v.shape[-1] == 3]
+    return picture[0] * picture[1] * max((int(w.shape[0]) for w in convolutions), default=0)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_transfusion import lora
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.base import GROUPS
-from mlx_transfusion.finetune.families import PARTS, Parts, check_paints, with_targets
+from mlx_transfusion.finetune.families import PARTS, Parts, check_paints, with_targets, within
+from mlx_transfusion.finetune.idle import Idle
 from mlx_transfusion.finetune.layers import Gate, flat_trained, insert, targets
 from mlx_transfusion.finetune.step import write_adapter
 from mlx_transfusion.lora_extract import base_name
@@ -28,6 +30,10 @@ from mlx_transfusion.quantization import dequantize
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import read_model
 from mlx_transfusion.training.config import AdapterTraining, TrainConfig
+from mlx_transfusion.training.encoded import EncodedPictures, Name
+from mlx_transfusion.training.family_data import FamilyData
+from mlx_transfusion.training.family_step import encoded
+from mlx_transfusion.training.pixels import BYTES_PER_GIB
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class FamilyRun:
     names: list[str]
     """The linear layers that have an adapter; none: all weights are trained."""
     gate: Gate
+    idle: list[Idle] = field(default_factory=list)
+    """What is out of memory, of the model and then of a teacher of its own."""
 
     @property
     def text_frozen(self) -> bool:
@@ -65,10 +73,52 @@ class FamilyRun:
         finally:
             self.gate.off = False
 
+    def stage(self, data: Sequence[FamilyData]) -> None:
+        """With `low_ram`: encode all pictures of the data, and only then read the weights that the steps need.
+
+        A run without it has all weights in memory already. Raises UserError for a picture that cannot be read.
+        """
+        if not self.config.low_ram:
+            return
+        latents = self._encode_all(data)
+        for one in data:
+            one.use(latents)
+        text = any(one.has_text for one in data)
+        self._take_out(self.loaded, self.parts.idle(bool(self.names), text))
+        if self.teacher is not None and self.teacher is not self.loaded:
+            self._take_out(self.teacher, self.parts.idle(True, text=False))
+
+    def _encode_all(self, data: Sequence[FamilyData]) -> EncodedPictures:
+        names = {name: one for one in data for name in one.names()}
+        model = self._read(self.loaded).pictures
+
+        def encode(name: Name) -> np.ndarray:
+            return np.array(encoded(model, names[name].pixels(name)))[0]
+
+        room = int(self.config.data.cache_gib * BYTES_PER_GIB)
+        return EncodedPictures(names, model.latent_shape, encode, room, Path(self.config.output))
+
+    def _take_out(self, one: Loaded, modules: Sequence[str]) -> None:
+        free = [name for name in modules if not any(within(adapted, [name]) for adapted in self.names)]
+        self.idle.append(Idle(one.model, free, lambda: self._read(one).model))
+        mx.eval(one.model.parameters())
+
+    def _read(self, one: Loaded) -> Loaded:
+        """A model as it was before training, none of its weights in memory yet."""
+        out = load(one.path, dtype=_dtype(self.config), lazy=True)
+        if not self.names:
+            dequantize(out.model, mx.float32)
+        return out
+
+    def complete(self) -> AbstractContextManager[None]:
+        """Inside, no module of the model is out of memory."""
+        return self.idle[0].back() if self.idle else nullcontext()
+
     def save(self, folder: Path, model: Any, tokenizer: Tokenizer, extra: Mapping[str, Any] | None) -> object:
         """Write an adapter, or the whole model, into a folder that `load` reads. Raises UserError."""
         if not self.names:
-            return save_model(folder, model, tokenizer, {**self._kept(), **(extra or {})})
+            with self.complete():
+                return save_model(folder, model, tokenizer, {**self._kept(), **(extra or {})})
         assert self.config.adapter is not None
         assert self.config.start is not None
         spec = self.config.adapter
@@ -85,7 +135,7 @@ class FamilyRun:
         """What `save` wrote, as the tree of what is trained."""
         if self.names:
             return tree_unflatten(list(read_safetensors(lora.adapter_file(folder)).items()))
-        return read_model(folder)
+        return {k: v for k, v in read_model(folder).items() if k not in self.parts.frozen}
 
     def _kept(self) -> dict[str, Any]:
         """The tables of config.json that a model keeps when its weights change."""
@@ -108,7 +158,7 @@ def family_run(config: TrainConfig) -> FamilyRun | None:
     if kind not in PARTS:
         return None
     _check(config, kind)
-    loaded = load(start, dtype=mx.bfloat16 if config.dtype == "bfloat16" else mx.float32)
+    loaded = load(start, dtype=_dtype(config), lazy=config.low_ram)
     if is_adapter(loaded.path) or read_objective(loaded.extra, loaded.name).consistency:
         raise UserError(
             f"model {loaded.name} is a student or an adapter: start from the diffusion model it came from, or fuse "
@@ -119,7 +169,13 @@ def family_run(config: TrainConfig) -> FamilyRun | None:
         names = _insert(loaded, with_targets(config.adapter, kind), config.seed, gate)
     else:
         dequantize(loaded.model, mx.float32)
+    if not config.low_ram:
+        mx.eval(loaded.model.parameters())
     return FamilyRun(loaded, _teacher(config, loaded, bool(names)), config, PARTS[kind], names, gate)
+
+
+def _dtype(config: TrainConfig) -> mx.Dtype:
+    return mx.bfloat16 if config.dtype == "bfloat16" else mx.float32
 
 
 def _check(config: TrainConfig, kind: str) -> None:
@@ -173,7 +229,7 @@ def _teacher(config: TrainConfig, loaded: Loaded, adapted: bool) -> Loaded | Non
                 f"teacher {c.teacher}: a student with an [adapter] starts from its teacher: leave out init"
             )
         return loaded
-    teacher = load(c.teacher, dtype=mx.float32)
+    teacher = load(c.teacher, dtype=mx.float32, lazy=config.low_ram)
     if teacher.config != loaded.config or read_objective(teacher.extra, teacher.name).consistency:
         raise UserError(
             f"teacher {teacher.name}: expected a diffusion model of the same config as the student's start"

@@ -116,7 +116,7 @@ def targets(model: nn.Module, spec: AdapterTraining) -> list[str]:
 
 
 def insert(model: nn.Module, spec: AdapterTraining, seed: int, gate: Gate) -> list[str]:
-    """Freeze `model` and put adapters into it in place; returns the names of their layers."""
+    """Freeze `model` and put adapters into it in place, not evaluated yet; returns the names of their layers."""
     names = targets(model, spec)
     modules = dict(model.named_modules())
     model.freeze()
@@ -128,7 +128,6 @@ def insert(model: nn.Module, spec: AdapterTraining, seed: int, gate: Gate) -> li
         layer.linear.freeze()
         new.append((name, layer))
     model.update_modules(tree_unflatten(new))
-    mx.eval(model.parameters())
     return names
 
 

@@ -38,11 +38,18 @@ class Estimate:
     """What one backward pass keeps, or an update makes anew, whichever is more."""
     painting: int = 0
     """The model that previews are painted with, between the steps."""
+    encoding: int = 0
+    """With `low_ram` what encodes all pictures, before anything else is in memory."""
+    idle: int = 0
+    """Of the weights, what `low_ram` would keep out of memory."""
+    checkpoints: bool = True
+    """Whether there is gradient checkpointing for this model."""
 
     @property
     def total(self) -> int:
         """The peak, bytes."""
-        return self.weights + self.trained + self.optimizer + max(self.activations, self.painting)
+        steps = self.weights + self.trained + self.optimizer + max(self.activations, self.painting)
+        return max(self.encoding, steps)
 
     def parts(self) -> dict[str, int]:
         """The parts and the total by name."""
@@ -52,6 +59,7 @@ class Estimate:
             "optimizer": self.optimizer,
             "activations": self.activations,
             "painting": self.painting,
+            "encoding": self.encoding,
             "total": self.total,
         }
 
@@ -183,7 +191,7 @@ def check_memory(found: Estimate, config: TrainConfig, available: int | None = N
 def suggestions(found: Estimate, config: TrainConfig) -> list[str]:
     """Flags that make a run smaller, the one that helps most first."""
     options: list[tuple[int, str]] = []
-    if not config.gradient_checkpointing:
+    if found.checkpoints and not config.gradient_checkpointing:
         options.append((found.activations * 2 // 3, "--grad-checkpoint"))
     if config.batch_size > config.accumulate:
         parts = min(config.batch_size, 2 * config.accumulate)
@@ -193,6 +201,8 @@ def suggestions(found: Estimate, config: TrainConfig) -> list[str]:
         options.append((found.trained + found.optimizer, "--type lora"))
     elif config.adapter.quantize is None:
         options.append((found.weights * 3 // 4, "--quantize 4"))
+    if found.idle:
+        options.append((found.idle, "--low-ram"))
     return [text for _, text in sorted(options, key=lambda pair: -pair[0])]
 
 

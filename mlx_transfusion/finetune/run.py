@@ -12,7 +12,7 @@ from mlx_transfusion import lora
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.config import FinetuneConfig, train_config
-from mlx_transfusion.finetune.data import UserData, read_user_data, write_rows
+from mlx_transfusion.finetune.data import ROWS, UserData, read_user_data, write_rows
 from mlx_transfusion.finetune.families import PARTS, check_paints
 from mlx_transfusion.finetune.family_plan import estimate_family
 from mlx_transfusion.finetune.memory import Estimate, check_memory, estimate
@@ -24,10 +24,12 @@ from mlx_transfusion.models.family import FamilyConfig
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.best import FOLDER as BEST_FOLDER
 from mlx_transfusion.training.config import TrainConfig
+from mlx_transfusion.training.processes import is_main, wait_for_all
 from mlx_transfusion.training.rows import ImageRef
 
 AROUND = 2
 """BOS and EOS of a document."""
+NOTHING_IDLE = "there is nothing to release: this model paints pixels, and every step needs all of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +76,25 @@ def make_plan(config: FinetuneConfig, write: bool = True) -> Plan:
     picture = model.layout.picture_tokens
     tokenizer = Tokenizer.load(path, special=special_ids(model))
     data = read_user_data(Path(config.data), config.caption)
+    if config.low_ram and not family:
+        config = dataclasses.replace(config, low_ram=False)
+        data.notes.append(f"--low-ram: {NOTHING_IDLE}")
     target = Path(config.output) / "rows"
     rows = _places(data, target, write)
     tokens = [len(tokenizer.encode(text)) for text in data.texts]
     lengths = _lengths(data, tokenizer, picture)
-    prior = None
+    prior = past = None
     if config.prior is not None:
         past = read_user_data(Path(config.prior))
         prior = _places(past, target / "prior", write)["train"]
         lengths += _lengths(past, tokenizer, picture)
+    if write:
+        wait_for_all()
     longest = model.layout.max_position
     plan = train_config(config, longest, rows, prior, lengths)
     if family:  # prompts are longer than captions, and nothing is packed
         plan = dataclasses.replace(plan, sequence_length=longest)
-        return Plan(plan, data, estimate_family(plan, model, max(lengths)), tokens)
+        return Plan(plan, data, estimate_family(plan, model, max(lengths), _has_text(data, past)), tokens)
     return Plan(plan, data, estimate(plan, model, Counter(lengths)), tokens)
 
 
@@ -109,25 +116,36 @@ def finetune(
     chosen = best if plan.config.best_by and best.is_dir() else last
     if config.type == "full":
         return chosen
-    return _export(chosen, Path(config.output), config.model)
+    if is_main():
+        _export(chosen, Path(config.output), config.model)
+    wait_for_all()
+    return Path(config.output)
 
 
-def _export(checkpoint: Path, target: Path, model: str) -> Path:
+def _export(checkpoint: Path, target: Path, model: str) -> None:
     """Copy the adapter of a checkpoint to the output folder itself, its base's place made right."""
-    for name in (lora.ADAPTER_FILE,):
-        temporary = target / f".{name}.partial"
-        shutil.copyfile(checkpoint / name, temporary)
-        temporary.replace(target / name)
+    temporary = target / f".{lora.ADAPTER_FILE}.partial"
+    shutil.copyfile(checkpoint / lora.ADAPTER_FILE, temporary)
+    temporary.replace(target / lora.ADAPTER_FILE)
     config = lora.read_adapter_config(checkpoint)
     write_json(target / ADAPTER_CONFIG, dataclasses.replace(config, model=base_name(model, target)).to_dict())
-    return target
 
 
 def _places(data: UserData, target: Path, write: bool) -> dict[str, tuple[Path, Path]]:
-    """The jsonl file (written into `target`, or only named) and the pictures of each split."""
-    if not write:
-        return {split: (target / f"{split}.jsonl", place) for split, place in data.images.items()}
-    return {split: (file, data.images[split]) for split, file in write_rows(data, target).items()}
+    """The jsonl file (written into `target`, or only named) and the pictures of each split.
+
+    Of several processes one writes; they wait for it before they read.
+    """
+    if write and is_main():
+        write_rows(data, target)
+    used = [split for split in data.images if data.captions or data.rows[split]]
+    return {split: (target / ROWS[split], data.images[split]) for split in used}
+
+
+def _has_text(*folders: UserData | None) -> bool:
+    """Whether there are rows of text alone."""
+    splits = [rows for one in folders if one is not None for rows in one.rows.values()]
+    return any(row.kind == "text" for rows in splits for row in rows)
 
 
 def _check_model(config: FinetuneConfig, model: FamilyConfig) -> None:

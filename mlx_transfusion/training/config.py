@@ -233,6 +233,10 @@ class TrainConfig:
     dtype: str = "float32"
     """Arithmetic of forward and backward: float32 or bfloat16; weights and optimiser stay float32."""
     gradient_checkpointing: bool = False
+    low_ram: bool = False
+    """Of a converted model: encode all pictures before the first step, and keep out of memory what no step needs."""
+    cache_limit: float | None = None
+    """GB of freed memory that MLX keeps for reuse; None is MLX's own limit."""
     compile: bool = True
     ema: float = 0.999
     log_every: int = 10
@@ -309,9 +313,9 @@ class TrainConfig:
             raise UserError("training config: [consistency] splits documents at their pictures: give it rows")
 
     def _absent(self, name: str) -> bool:
-        """Whether a key is of a table that this config has not got."""
+        """Whether a key that may be None is, or its table."""
         table = name.partition(".")[0]
-        return table in ("consistency", "adapter") and getattr(self, table) is None
+        return table in ("consistency", "adapter", "cache_limit") and getattr(self, table) is None
 
     @property
     def start(self) -> str | None:
@@ -328,7 +332,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
         ("steps", "batch_size", "accumulate", "sequence_length", "log_every", "save_every", "keep",
          "valid_batches", "data.threads", "consistency.gap_stages"), (1, math.inf)),
     **dict.fromkeys(
-        ("valid_every", "patience", "image_loss_weight", "z_loss", "sample.every", "diffusion.std",
+        ("valid_every", "patience", "cache_limit", "image_loss_weight", "z_loss", "sample.every", "diffusion.std",
          "optimizer.learning_rate",
          "optimizer.muon_learning_rate", "optimizer.warmup", "optimizer.eps", "optimizer.weight_decay",
          "optimizer.clip", "consistency.guidance", "consistency.tangent_warmup",

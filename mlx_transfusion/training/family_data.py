@@ -18,6 +18,8 @@ from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import Image, Segment, Text
 from mlx_transfusion.training.config import SourceConfig
 from mlx_transfusion.training.data import DataSet, Document, Pictures
+from mlx_transfusion.training.encoded import EncodedPictures, Name
+from mlx_transfusion.training.pixels import load_pixels
 from mlx_transfusion.training.rows import ImageRef, Row
 
 
@@ -45,7 +47,8 @@ class FamilyBatch:
     names: list[tuple[ImageRef, bool]]
     """Which picture it is, and whether it is mirrored."""
     pictures: Pictures
-    """Pixels uint8 [M, H, W, 3], noise [M, N, P], angles [M]."""
+    """Pixels uint8 [M, H, W, 3], or latents float32 [M, N, P] where they were encoded before; noise [M, N, P], angles
+    [M]."""
     texts: list[list[int]]
     """Token ids of texts alone."""
 
@@ -84,6 +87,25 @@ class FamilyData(DataSet):
             np.stack(drawn) if drawn else np.zeros((0, *shape), np.float32),
             np.array([a for d in documents for a in d.angles], np.float32),
         )
+
+    def names(self) -> list[Name]:
+        """All pictures of the rows, mirrored too where some are to be."""
+        refs = (s for rows in self.rows for row in rows for s in row.segments if isinstance(s, ImageRef))
+        flips = (False, True) if self._data.flip else (False,)
+        return [(ref, flip) for ref in dict.fromkeys(refs) for flip in flips]
+
+    def pixels(self, name: Name) -> np.ndarray:
+        """One picture, uint8 [1, H, W, 3], which is not kept. Raises UserError when it cannot be read."""
+        return load_pixels([name[0]], *self._model.sizes[0], flips=[name[1]])
+
+    def use(self, encoded: EncodedPictures) -> None:
+        """From now on give latents in the place of pixels."""
+        self._pixels = {self._model.sizes[0]: encoded}  # type: ignore[dict-item]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are rows of text alone."""
+        return any(row.kind == "text" for rows in self.rows for row in rows)
 
     def _layout(self, segments: Sequence[str | ImageRef], row: Row, sizes: Sequence[Size]) -> list[Segment]:
         """The prompt and the picture, or a text alone. A prompt that was dropped is marked by `loss=False`."""

@@ -47,6 +47,9 @@ class Run(Protocol):
     def teaching(self) -> AbstractContextManager[PictureFamily]:
         """Inside, the model that is distilled."""
 
+    def complete(self) -> AbstractContextManager[None]:
+        """Inside, no module of the model is out of memory."""
+
     def save(self, folder: Path, model: Any, tokenizer: Tokenizer, extra: Mapping[str, Any] | None) -> object:
         """Write a folder that `load` reads. Raises UserError."""
 
@@ -151,7 +154,8 @@ class FamilyStep(Step):
         """Paint the prompts of the config with the model as it is, into one PNG."""
         c = self._config.consistency
         chosen = () if c is None else (student_settings(c, 1 + len(c.angles)),)
-        paint_grid(self._model, tokenizer, self._config.sample, file, *chosen)
+        with self._run.complete():
+            paint_grid(self._model, tokenizer, self._config.sample, file, *chosen)
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
@@ -218,11 +222,13 @@ class FamilyStep(Step):
 
     def _clean(self, batch: FamilyBatch) -> mx.array:
         """Encoded pictures [M, N, P]: each is encoded once, as long as there is room for it."""
+        if batch.pictures.pixels.dtype != np.uint8:  # encoded before the first step
+            return mx.array(batch.pictures.pixels)
         out = []
         for name, pixels in zip(batch.names, batch.pictures.pixels, strict=True):
             known = self._latents.get(name)
             if known is None:
-                known = self._model.encode(mx.array(pixels[None]).astype(mx.float32) / 255).astype(mx.float32)
+                known = encoded(self._model, pixels[None])
                 mx.eval(known)
                 if known.nbytes <= self._latents_left:
                     self._latents_left -= known.nbytes
@@ -283,6 +289,11 @@ class FamilyStep(Step):
         seeds = list(range(len(prefixes)))
         with self._run.teaching() as teacher:
             return prefixes, seeds, paint(teacher, prefixes, seeds, teacher_settings(c))
+
+
+def encoded(model: PictureFamily, pixels: np.ndarray) -> mx.array:
+    """Latents float32 [M, N, P] of pixels uint8 [M, H, W, 3]."""
+    return model.encode(mx.array(pixels).astype(mx.float32) / 255).astype(mx.float32)
 
 
 def guides(model: PictureFamily, prefixes: Sequence[Sequence[int]]) -> KVCache:

@@ -56,6 +56,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     ):  # Pillow would clip 16 bits to 255 instead of scaling
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+    if image.mode == "F":  # Pillow would clip: a picture in [0, 1] would be black
+        raise ValueError("floating-point pixels, whose white is not known: save it with 8 or 16 bits")
     if image.has_transparency_data:
         color = image.convert("RGBA")
         white = Image.new("RGBA", color.size, (255, 255, 255, 255))

@@ -11,7 +11,7 @@ from mlx_transfusion.errors import UserError
 
 MAY_CHANGE = re.compile(
     r"(output|tokenizer|init|log_every|valid_every|valid_batches|save_every|keep|best_by|patience|accumulate|compile"
-    r"|gradient_checkpointing)|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows|latents|autoencoder)\b.*"
+    r"|gradient_checkpointing|low_ram|cache_limit)|sample\..*|data\.(valid|threads|cache_gib|check_images|skip_bad_rows|latents|autoencoder)\b.*"
     r"|data\.train\.\d+\.(rows|images|shards|pictures)"
 )
 """Keys that may differ on resume without changing what is learned (files may have moved)."""

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_transfusion.cache_limit import limit_cache
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.lanes import lanes
@@ -39,6 +40,7 @@ from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import make_optimizer, set_learning_rate
 from mlx_transfusion.training.painter_data import PainterData
 from mlx_transfusion.training.painter_step import PainterStep, painting_start
+from mlx_transfusion.training.processes import wait_for_all
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
@@ -71,6 +73,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         """Builds model, data and optimiser. Raises UserError for bad config or data."""
+        limit_cache(config.cache_limit)
         self.config = config
         self.group = mx.distributed.init()
         if config.batch_size < self.group.size() * config.accumulate:
@@ -108,6 +111,7 @@ class Trainer:
         )
         if guest is None:
             attach_autoencoder(self.model, config, self.train_data)
+        self._stage()
         self.optimizer = make_optimizer(config.optimizer)
         self.teacher = self.family.teacher if self.family else teacher_of(config, self.model.config)
         self.step = self._new_step()
@@ -121,6 +125,18 @@ class Trainer:
     def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.group.rank() == 0
+
+    def _stage(self) -> None:
+        """With `low_ram`: encode all pictures and give up what they alone need."""
+        if self.family is not None:
+            if self.config.low_ram and self.is_main:
+                print("low_ram: encoding all pictures before the first step", file=sys.stderr)
+            self.family.stage([one for one in (self.train_data, self.valid_data) if one is not None])
+        elif self.config.low_ram:
+            raise UserError(
+                "training config: low_ram is for converted models, and every step of a "
+                f"{self.model.config.model_type} model needs all of it: leave it out"
+            )
 
     def _new_step(self) -> Step:
         if self.painting is not None:
@@ -372,8 +388,7 @@ class Trainer:
                 extra=self._objective(),
                 save=self.step.save,
             )
-        if self.group.size() > 1:
-            mx.eval(mx.distributed.all_sum(mx.zeros((1,))))  # nobody runs ahead of the file
+        wait_for_all()
         return path
 
 

@@ -23,6 +23,7 @@ from tiny_training import (
     assert_same,
     environment,
     free_ports,
+    launch,
     losses_of,
     metrics,
     state,
@@ -45,26 +46,13 @@ train(load_train_config(sys.argv[1], sys.argv[2:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon"])
 def test_two_processes_equal_one(config: MakeConfig, toml: Path, tmp_path: Path, name: str) -> None:
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    if not launcher.exists():
-        pytest.skip("mlx.launch is not installed beside Python")
     overrides = [*MUON, "batch_size=7", "steps=4", "optimizer.muon_learning_rate=0.01"]
     one = train(config(*overrides, output="one"))
     (tmp_path / "run.py").write_text(LAUNCHED)
-    launch = [str(launcher), "-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
-    script = [str(tmp_path / "run.py"), str(toml), *overrides, f"output={tmp_path / 'two'}"]
-    command = [sys.executable, *launch, sys.executable, *script]
-    # stdin stays open: the launcher reads it without end, and takes all of a core when there is nothing to read
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
     two = tmp_path / "two"
+    printed = launch(tmp_path / "run.py", toml, *overrides, f"output={two}")
     found = ckpt.checkpoints(two / "checkpoints")
-    assert found, output.decode()
+    assert found, printed
     assert found[-1].name == one.name
     assert [r["step"] for r in metrics(two)] == [1, 2, 3, 4]  # only one of them wrote
     for a, b in zip(losses_of(tmp_path / "one"), losses_of(two), strict=True):
@@ -73,12 +61,69 @@ def test_two_processes_equal_one(config: MakeConfig, toml: Path, tmp_path: Path,
     assert_close({k: v for k, v in wanted.items() if "optimizer" not in k}, got, 1e-4)
 
 
+DYING = """
+import os, signal
+from mlx_transfusion.training.trainer import Trainer
+after_step = Trainer._after_step
+
+def die(self, *args):
+    after_step(self, *args)
+    if self.state.step == 3 and self.group.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer._after_step = die
+"""
+
+
+@pytest.mark.slow
+def test_one_process_dying_ends_the_job(toml: Path, tmp_path: Path) -> None:
+    """The launcher says which, the others end too, and the last checkpoint is whole."""
+    (tmp_path / "run.py").write_text(DYING + LAUNCHED)
+    printed = launch(tmp_path / "run.py", toml, "steps=100", f"output={tmp_path / 'out'}")
+    assert "rank 1" in printed
+    (saved,) = ckpt.checkpoints(tmp_path / "out" / "checkpoints")
+    assert ckpt.read_record(saved)["step"] == 2
+    load(saved)
+
+
+class Group:
+    """One of several processes."""
+
+    def __init__(self, rank: int = 0, size: int = 7) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 1), (3, 2)])
+def test_every_document_goes_to_one_process(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, processes: int, parts: int
+) -> None:
+    trainer = Trainer(config("batch_size=7", f"accumulate={parts}"))
+    numbers: list[int] = []
+    load = trainer.step.load
+
+    def noting(data: Any, documents: Any) -> Any:
+        numbers.extend(d.number for d in documents)
+        return load(data, documents)
+
+    monkeypatch.setattr(trainer.step, "load", noting)
+    totals = set()
+    for step in range(2):
+        for rank in range(processes):
+            trainer.group = Group(rank, processes)  # type: ignore[assignment]
+            loaded = trainer._load(step)
+            totals.add((step, loaded.text_total, loaded.image_total))
+    assert sorted(numbers) == list(range(14))
+    assert len(totals) == 2  # every process divides by the totals of the whole step
+
+
 def test_more_processes_or_parts_than_documents(config: MakeConfig) -> None:
     trainer = Trainer(config())
-
-    class Group:
-        def size(self) -> int:
-            return 7
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.distributed, "init", Group)
