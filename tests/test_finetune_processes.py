@@ -16,6 +16,9 @@ from mlx_transfusion.finetune.config import FinetuneConfig
 from mlx_transfusion.finetune.run import finetune, make_plan
 from mlx_transfusion.training import checkpoint as ckpt
 
+CLOSE = 5e-3
+"""Adam divides by the size of a gradient: where B begins at zero and that is small, its last bits count for more."""
+
 RUN = """
 import dataclasses, json, sys
 from mlx_transfusion.finetune.config import FinetuneConfig
@@ -64,8 +67,8 @@ def test_two_processes_equal_one_and_resume_each_other(tmp_path: Path, tiny_mode
         assert [row["step"] for row in metrics(output)] == [1, 2, 3, 4]  # only one of them wrote
         for a, b in zip(losses_of(Path(one[name]["output"])), losses_of(output), strict=True):
             assert a == pytest.approx(b, rel=1e-5)
-        assert_close(state(wanted[name]), state(last_of(output)), 1e-4)
-    assert_close(state(wanted["own"]), state(last_of(handed["output"])), 1e-4)
+        assert_close(state(wanted[name]), state(last_of(output)), CLOSE)
+    assert_close(state(wanted["own"]), state(last_of(handed["output"])), CLOSE)
     # and the other way: one process goes on where two were stopped
     shutil.rmtree(last_of(two["own"]["output"]))
-    assert_close(state(wanted["own"]), state(alone(two["own"])), 1e-4)
+    assert_close(state(wanted["own"]), state(alone(two["own"])), CLOSE)

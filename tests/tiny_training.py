@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,9 @@ def free_ports() -> int:
 
 def launch(script: Path, *arguments: object, processes: int = 2) -> str:
     """Run a script by `mlx.launch`, and return what it printed. Skips the test where there is no launcher."""
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    if not launcher.exists():
-        pytest.skip("mlx.launch is not installed beside Python")
+    launcher = next((f.locate() for f in files("mlx") or () if f.name == "mlx.launch"), None)
+    if launcher is None:
+        pytest.skip("mlx was installed without mlx.launch")
     options = ["-n", processes, "--backend", "ring", "--starting-port", free_ports(), "--"]
     command = [sys.executable, launcher, *options, sys.executable, script, *arguments]
     # stdin stays open: the launcher reads it without end, and takes all of a core when there is nothing to read
