@@ -104,6 +104,9 @@ def test_memory_does_not_grow_with_the_picture() -> None:
     whole = [peak(lambda z=z: mx.eval(tiny().decode(mx.array(z)))) for z in (small, large)]
     assert whole[1] > 2.5 * whole[0]
     assert tiled[1] < 1.2 * tiled[0]
+    pictures = [np.zeros((1, 48, width, 3), np.float32) for width in (96, 288)]
+    tiled = [peak(lambda p=p: encode_tiled(tiny(), p, tiling)) for p in pictures]
+    assert tiled[1] < 1.2 * tiled[0]
 
 
 def test_a_picture_of_one_tile_is_run_whole() -> None:

@@ -214,14 +214,29 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(place: Path, tmp_pat
     assert forward_flops(trainer.model.config, work) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+def of_pixels(discrete: Any) -> Any:
+    """The same run with a diffusion model of pixels."""
+    table = {key: value for key, value in discrete.model.items() if key != "codebook_size"}
+    table |= {"model_type": "transfusion", "patch_size": 4, "image_height": 8, "image_width": 8}
+    return dataclasses.replace(discrete, model=table, data=dataclasses.replace(discrete.data, latents=()))
+
+
+def test_runs_of_either_kind_see_the_same_documents(place: Path, tmp_path: Path) -> None:
+    discrete = config(place, tmp_path, "seed=3", "data.caption_drop=0.3")
+    tokenizer = Tokenizer.load(discrete.tokenizer)
+    seen = []
+    for run in (discrete, of_pixels(discrete)):
+        data = run_data(run, run_shape(run, tokenizer), tokenizer)
+        documents = [d for step in range(4) for d in data.documents(step, 6)]
+        seen.append([(d.number, d.segments, [ref.name for ref in d.images]) for d in documents])
+    assert seen[0] == seen[1]
+    assert len({str(d) for d in seen[0]}) > 10
+
+
 def test_operations_of_a_run_of_either_kind(place: Path, tmp_path: Path) -> None:
     """The same rows and decoder: the difference is the head over codes, the mask, and the patches' layers."""
     discrete = config(place, tmp_path)
-    table = {key: value for key, value in discrete.model.items() if key != "codebook_size"}
-    table |= {"model_type": "transfusion", "patch_size": 4, "image_height": 8, "image_width": 8}
-    diffusion = dataclasses.replace(
-        discrete, model=table, data=dataclasses.replace(discrete.data, latents=())
-    )
+    diffusion = of_pixels(discrete)
     tokenizer = Tokenizer.load(discrete.tokenizer)
     d, t = run_shape(discrete, tokenizer), run_shape(diffusion, tokenizer)
     assert (type(d), type(t)) == (DiscreteConfig, ModelConfig)

@@ -57,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -
     Image.new("RGB", (SIZE, SIZE)).save(folder / "new.png")
     (folder / "new.jsonl").write_text('{"image": "new.png", "text": "moon"}\n')
     for seed, name in enumerate(("vae", "other")):
-        save_autoencoder(folder / name, coder(seed))
+        colours = np.random.default_rng(seed).normal(size=(CHANNELS, 3)).astype(np.float32)
+        save_autoencoder(folder / name, coder(seed), preview=Preview(colours, np.zeros(3, np.float32)))
     (folder / "vae" / "optimizer.safetensors").write_bytes(b"of its training")
     store = open_images(folder)
     refs = [ImageRef(store, f"{i}.png") for i in range(COUNT)]
@@ -122,9 +123,14 @@ def test_checkpoints_carry_the_autoencoder_and_paint(cli: Any, trained: Path, tm
     assert not any(name.startswith("coder") for name in names)
     out = tmp_path / "red.png"
     flags = ["--model", trained, "--steps", "2", "--seed", "1", "--width", str(SIZE), "--output", out]
-    assert cli("generate", "red heart", *flags).code == 0
+    assert cli("generate", "red heart", *flags, "--preview-every", 1).code == 0
     with Image.open(out) as picture:
         assert picture.size == (SIZE, SIZE)
+    previews = [np.array(Image.open(file)) for file in tmp_path.iterdir() if file != out]
+    assert [p.shape for p in previews] == [(SIZE, SIZE, 3)] * 2
+    for p in previews:  # one colour for each element of the latents, without the decoder
+        np.testing.assert_array_equal(p, p[::2, ::2].repeat(2, 0).repeat(2, 1))
+        assert len(np.unique(p.reshape(-1, 3), axis=0)) > 9
     assert cli("generate", "red heart", "--model", trained, "--width", "8", "--output", out).code == 2
     said = cli("describe", out, "--model", trained, "--max-tokens", "3")
     assert said.code == 0, said.err
@@ -134,7 +140,9 @@ def test_checkpoints_carry_the_autoencoder_and_paint(cli: Any, trained: Path, tm
 def test_weights_of_the_autoencoder_are_stored_once(place: Path, trained: Path) -> None:
     name = "model.safetensors"
     assert os.path.samefile(place / "vae" / name, trained / "autoencoder" / name)
-    assert {file.name for file in (trained / "autoencoder").iterdir()} == {"config.json", name}
+    assert {file.name for file in (trained / "autoencoder").iterdir()} == {
+        "config.json", "preview.safetensors", name,
+    }  # fmt: skip
 
 
 def test_another_autoencoder_beside_the_model_is_refused(

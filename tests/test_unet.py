@@ -218,9 +218,14 @@ def parts(c: ModelConfig) -> dict[str, tuple[Function, list[mx.array]]]:
     }
 
 
-@pytest.mark.parametrize("part", ["block", "tokens", "skip", "up", "down and up"])
-def test_derivatives_of_the_parts_equal_central_differences(tiny_config: ModelConfig, part: str) -> None:
-    f, at = parts(dataclasses.replace(tiny_config, **UNET))[part]
+@pytest.mark.parametrize(
+    ("part", "patch"),
+    [("block", 4), ("tokens", 4), ("skip", 4), ("up", 4), *(("down and up", patch) for patch in (2, 4, 8))],
+)
+def test_derivatives_of_the_parts_equal_central_differences(
+    tiny_config: ModelConfig, part: str, patch: int
+) -> None:
+    f, at = parts(dataclasses.replace(tiny_config, patch_size=patch, **UNET))[part]
     along = [normal(a.shape, 20 + i) for i, a in enumerate(at)]
     (value,), (tangent,) = mx.jvp(f, at, along)
     np.testing.assert_allclose(value, f(*at), atol=1e-5)
