@@ -31,7 +31,9 @@ Resume = Annotated[
 ]
 
 
-def with_flags(overrides: list[str] | None, skip_bad_rows: bool, cache_limit: float | None) -> list[str]:
+def with_flags(
+    overrides: list[str] | None, skip_bad_rows: bool, cache_limit: float | None = None
+) -> list[str]:
     """The overrides of --set and of the flags that stand for one."""
     bad = ["data.skip_bad_rows=true"] if skip_bad_rows else []
     limit = [] if cache_limit is None else [f"cache_limit={cache_limit}"]
