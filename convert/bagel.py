@@ -29,9 +29,9 @@ GENERATION = {"sampler": "ddim", "spacing": "shifted", "steps": 49, "guidance": 
 """The official program's Euler steps and scale."""
 CARD = Card(
     "ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0", url="https://github.com/ByteDance-Seed/Bagel",
-    notes="`describe --question` asks about a picture. Sizes of pictures stand in config.json: image_height and "
-    "image_width up to 1024, multiples of 16; input_height and input_width up to 980, multiples of 14. The official "
-    "sampler with its renormalised guidance, and editing, are in Python: mlx_transfusion.models.bagel_guidance.",
+    notes="It paints with the official sampler and its renormalised guidance. `describe --question` asks about a "
+    "picture, `edit` changes one. Sizes of pictures stand in config.json: image_height and image_width up to 1024, "
+    "multiples of 16; input_height and input_width up to 980, multiples of 14.",
 )  # fmt: skip
 
 

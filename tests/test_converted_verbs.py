@@ -226,6 +226,8 @@ def test_the_facts(place: Place, cli: Callable[..., Any]) -> None:
         facts = json.loads(result.out)
         parts = facts["parameters"]
         assert parts["total"] == sum(count for name, count in parts.items() if name != "total") > 0
+        assert parts["transformer"] > 0
+        assert ("autoencoder" in parts) == (kind not in ("llama", "transfusion"))
         index = json.loads((model / "model.safetensors.index.json").read_text())["metadata"]
         assert index["total_parameters"] == parts["total"]
         size = (model / "model.safetensors").stat().st_size
@@ -245,3 +247,10 @@ def test_without_a_tokenizer_nothing_is_written(tmp_path: Path, cli: Callable[..
     assert "no tokenizer.json and no tokenizer.model: name one with --tokenizer" in result.err
     assert not list(tmp_path.iterdir())
     assert cli(*given, "--dry-run").code == 0
+
+
+def test_when_nothing_is_quantised_it_is_said(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    result = cli("convert", CODER, "--quantize", 4, "--dry-run")
+    assert result.code == 0
+    assert result.err.startswith("note: nothing gets fewer bits: autoencoders stay whole")
+    assert cli("convert", CODER, "--dry-run").err == ""

@@ -90,6 +90,11 @@ def convert(
     )
     if not dry_run:
         convert_package.run.check_tokenizer(done)
+    if quantize is not None and done.quantization is None:
+        message(
+            "note: nothing gets fewer bits: autoencoders stay whole, and rows of other matrices must divide into "
+            "groups (--group-size)"
+        )
     facts = convert_package.predict.facts(done)
     if not dry_run and output is not None:
         with bar("convert", done.nbytes) as progress:

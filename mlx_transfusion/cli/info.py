@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8-bit": 1 + 4 / 64, "4-bit": 0.5 + 4 / 64}
 """Bytes a weight; quantised ones have a 16-bit scale and bias for each group of 64."""
 
+TRANSFORMER = ("embed_tokens", "layers", "decoder", "model", "language_model", "norm", "lm_head")
+"""Names that the families give to what reads and writes."""
+
 
 def info(
     target: Annotated[
@@ -94,13 +97,13 @@ def model_facts(config: FamilyConfig, autoencoder: Path | None = None) -> dict[s
 
 
 def _part(name: str) -> str:
-    """Where a parameter is counted: the layers around patches, the transformer, or a foreign part by its own name."""
+    """Where a parameter is counted: the layers around patches, the transformer, or another part by its own name."""
     top, *below = name.split(".")
     if top.startswith("patch_") and below[0] == "unet":
         return "U-Net of patches"
     if top.startswith(("patch_", "angle_")):
         return "patch layers"
-    return "transformer" if top in ("embed_tokens", "layers", "norm", "lm_head", "painter") else top
+    return "transformer" if top in TRANSFORMER else top
 
 
 def stored_model_facts(name: str) -> dict[str, Any]:
