@@ -196,11 +196,11 @@ def text(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text_ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """Of what text_decode.py prints: for each kind of weights {"decode": [ratio], "gain of 8": [ratio]}."""
+    """Of what text_decode.py prints: for each kind of weights {measurement: [ratio], ..., "gain of 8": [ratio]}."""
     if "error" in found:
         return found
     return {
-        kind: {"decode": [r["measures"]["decode"]["ratio"]], "gain of 8": [r["batch gain"]]}
+        kind: {name: [m["ratio"]] for name, m in r["measures"].items()} | {"gain of 8": [r["batch gain"]]}
         for kind, r in found.items()
     }
 

@@ -81,6 +81,24 @@ def worst(names: Sequence[str]) -> Callable[[Run], float]:
     return lambda run: max(100 * value(run, "memory", name) for name in names)
 
 
+def text(what: str, kind: str, measurement: str, limit: float, note: str = "") -> Goal:
+    """A ratio of the text worker, of one kind of weights; limit 0 is none."""
+    return Goal(f"{what}, {kind}", lambda run: median(run["text"][kind][measurement]), limit, note=note)
+
+
+TEXT = tuple(
+    text(what, kind, measurement, limit, "" if limit else "no goal: for comparison")
+    for what, measurement, limit in (
+        ("text decode beside mlx-lm", "decode", 1),
+        ("text prefill beside mlx-lm", "prefill", 1),
+        ("first token of a text, times as fast as mlx-lm", "first token", 0),
+        ("loading a language model, times as fast as mlx-lm", "load", 0),
+        ("text, batch of 8 beside one", "gain of 8", 3),
+    )
+    for kind in ("float32", "4 bits")
+)
+
+
 GOALS = (
     Goal(
         "fp32 matrix product through MLX, of numpy's rate",
@@ -122,10 +140,7 @@ GOALS = (
         "sCM tangent and forward beside forward",
         lambda r: time(r, "student", "value and tangent") / time(r, "student", "value"), 2, at_most=True,
     ),
-    Goal("text decode beside mlx-lm, float32", lambda r: median(r["text"]["float32"]["decode"]), 1),
-    Goal("text decode beside mlx-lm, 4 bits", lambda r: median(r["text"]["4 bits"]["decode"]), 1),
-    Goal("text, batch of 8 beside one, float32", lambda r: median(r["text"]["float32"]["gain of 8"]), 3),
-    Goal("text, batch of 8 beside one, 4 bits", lambda r: median(r["text"]["4 bits"]["gain of 8"]), 3),
+    *TEXT,
     Goal("AutoencoderKL decode, times as fast as diffusers", lambda r: beside(r, "decode 4 pictures"), 0,
          note="no goal: for comparison"),
     Goal("sampler's own arithmetic, times as fast as diffusers", lambda r: beside(r, "16 steps of the sampler"), 0,

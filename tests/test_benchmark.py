@@ -172,7 +172,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: floa
 def test_text_is_told_by_text_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its ratio of the best turns, and its gain of eight texts at once."""
     printed = {
-        kind: {"measures": {"decode": {"ratio": ratio}}, "batch gain": 3.5}
+        kind: {"measures": {"decode": {"ratio": ratio}, "load": {"ratio": 1.5}}, "batch gain": 3.5}
         for kind, ratio in (("float32", 1.25), ("4 bits", 0.5))
     }
     monkeypatch.setattr(compare, "run", lambda command, threads: printed)
@@ -184,6 +184,10 @@ def test_text_is_told_by_text_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     text = page.read_text()
     assert "| text decode beside mlx-lm, float32 | 1.25x (1.25 to 1.25) | at least 1x | reached |" in text
     assert "| text decode beside mlx-lm, 4 bits | 0.50x (0.50 to 0.50) | at least 1x | **missed** |" in text
+    assert (
+        "| loading a language model, times as fast as mlx-lm, 4 bits | 1.50x (1.50 to 1.50) | none | no goal"
+        in text
+    )
     assert "| text, batch of 8 beside one, 4 bits | 3.50x (3.50 to 3.50) | at least 3x | reached |" in text
 
 
