@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import mlx.core as mx
 from mlx.nn import Linear
@@ -16,8 +16,9 @@ from mlx_transfusion.training.config import TrainConfig
 
 CODER = "autoencoder"
 """The module of every family that turns pixels into latents and back; some models have none."""
-CODER_ARRAYS = 6
-"""Arrays of a picture's size and of the width of the autoencoder's first layer that it holds at once."""
+ENCODER, DECODER = 47, 68
+"""Arrays of a picture's size and of the width of the autoencoder's first layer that each half holds at once: measured
+on the CPU, whose convolutions unfold their input."""
 
 
 def estimate_family(config: TrainConfig, model: FamilyConfig, tokens: int, text: bool) -> Estimate:
@@ -47,21 +48,24 @@ def estimate_family(config: TrainConfig, model: FamilyConfig, tokens: int, text:
     documents = -(-config.batch_size // config.accumulate)
     activations = documents * tokens * size * sum(sum(w.shape) for w in moving.values())
     own = trained * FLOAT
-    picture = size * CODER_ARRAYS * _first_layer(flat, whole.picture_size)
-    alone = picture + size * _count(flat, [CODER])  # where it is not among the weights
+    first = size * _first_layer(flat, whole.picture_size)
+    encoding, decoding = ENCODER * first, DECODER * first
+    if config.low_ram:  # their weights are not among the others
+        encoding += size * _count(flat, [f"{CODER}.encoder"])
+        decoding += size * _count(flat, [f"{CODER}.decoder"])
     return Estimate(
         weights,
         3 * own,
         2 * own,
-        activations=max(activations, 4 * own, 0 if config.low_ram else picture),
-        painting=(alone if config.low_ram else picture) if config.sample.every else 0,
-        encoding=alone if config.low_ram else 0,
+        activations=max(activations, 4 * own, 0 if config.low_ram else encoding),
+        painting=decoding if config.sample.every else 0,
+        encoding=encoding if config.low_ram else 0,
         idle=0 if config.low_ram else idle,
         checkpoints=False,
     )
 
 
-def _count(flat: Mapping[str, mx.array], modules: list[str] | tuple[str, ...]) -> int:
+def _count(flat: Mapping[str, mx.array], modules: Collection[str]) -> int:
     """Parameters in some modules."""
     return sum(value.size for name, value in flat.items() if within(name, modules))
 
