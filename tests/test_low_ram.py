@@ -12,6 +12,7 @@ from typing import Any
 
 import janusflow_tools
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from family_tools import COLOURS, FAMILIES, album, model_folder, run_config
 from tiny_training import assert_same, losses_of, state, write_jsonl
@@ -109,6 +110,25 @@ def test_a_student_its_teacher_and_previews(folders: dict[str, Path], make: Make
     sheets = sorted((Path(plain.output) / "samples").iterdir())
     assert [s.name for s in sheets] == ["step-00000000.png", "step-00000002.png"]
     assert all(s.read_bytes() == (Path(low.output) / "samples" / s.name).read_bytes() for s in sheets)
+
+
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["adapter", "all weights"])
+def test_weights_in_few_bits(
+    adapter: AdapterTraining | None,
+    folders: dict[str, Path],
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that was stored in 4 bits, and stays so, as on a GPU."""
+    model = load(folders["janusflow"]).model
+    nn.quantize(
+        model, 32, 4, class_predicate=lambda _, m: isinstance(m, nn.Linear) and m.weight.shape[-1] % 32 == 0
+    )
+    stored = save_model(tmp_path / "stored", model, folders["janusflow"])
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    changes = {"init": str(stored), "tokenizer": str(stored), "adapter": adapter, "steps": 1}
+    check_same_run(*(make("janusflow", "pairs", n, low_ram=n == "low", **changes) for n in ("plain", "low")))
 
 
 def test_nothing_is_used_while_it_is_out(folders: dict[str, Path], make: Make) -> None:
