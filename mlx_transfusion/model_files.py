@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mlx_transfusion.errors import UserError
 
@@ -23,6 +23,14 @@ learnt, and {"group_size", "bits"} of quantised weights (the last is a copy for 
 
 SHOWN_FAULTS = 8
 """How many faults a message lists."""
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+Array = TypeVar("Array", bound=_Sized)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -95,3 +103,16 @@ def _sync(file: Path) -> None:
     """Force a file to the disk, so that a rename after it never shows a name without the bytes."""
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
+
+
+def in_files(weights: Mapping[str, Array], limit: int) -> list[dict[str, Array]]:
+    """Weights of any library in their order, in groups of at most `limit` bytes (a larger weight stands alone)."""
+    files: list[dict[str, Array]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if files[-1] and size + value.nbytes > limit:
+            files.append({})
+            size = 0
+        files[-1][name] = value
+        size += value.nbytes
+    return files

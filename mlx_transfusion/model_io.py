@@ -30,6 +30,7 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import (
     EXTRA_KEYS,
     check_shapes,
+    in_files,
     read_json,
     read_safetensors,
     write_json,
@@ -397,7 +398,7 @@ def _stored(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def _save_weights(path: Path, weights: dict[str, mx.array], parameters: int) -> None:
-    shards = _shards(weights, MAX_FILE_BYTES)
+    shards = in_files(weights, MAX_FILE_BYTES)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = (
@@ -408,16 +409,3 @@ def _save_weights(path: Path, weights: dict[str, mx.array], parameters: int) -> 
     size = sum(value.nbytes for value in weights.values())
     metadata = {"total_size": size, "total_parameters": parameters}
     write_json(path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
-def _shards(weights: dict[str, mx.array], limit: int) -> list[dict[str, mx.array]]:
-    """Weights in their order, in groups of at most `limit` bytes (a larger weight stands alone)."""
-    shards: list[dict[str, mx.array]] = [{}]
-    size = 0
-    for name, value in weights.items():
-        if shards[-1] and size + value.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-    return shards

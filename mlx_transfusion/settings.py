@@ -228,11 +228,6 @@ class GenerationSettings:
         steps = self.steps or get_sampler(CONSISTENCY).default_steps
         return middle_angles(steps, own[0] if own else MIDDLE_ANGLE)
 
-    @property
-    def steps_in_use(self) -> int:
-        """`steps`, or the sampler's own number (a diffusion model's, as long as the sampler is None)."""
-        return self.resolve().steps
-
 
 @dataclass(frozen=True)
 class ResolvedSettings(GenerationSettings):

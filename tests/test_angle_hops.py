@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_transfusion import angle_hops, consistency, trigflow
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.training.config import ConsistencyConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 from mlx_transfusion.training.tangents import ContinuousTime, method_of
 from tests.test_easy_consistency import batch, optimum, velocity
 

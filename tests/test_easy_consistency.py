@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlx_transfusion import consistency, easy_consistency, trigflow
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.pace import stage_gap
-from mlx_transfusion.training.config import ConsistencyConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 
 MEAN, STD = 0.3, 0.8
 """Data N(MEAN, STD^2) in every dimension."""

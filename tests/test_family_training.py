@@ -21,7 +21,8 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.finetune.families import PARTS
 from mlx_transfusion.model_io import load
 from mlx_transfusion.settings import GenerationSettings
-from mlx_transfusion.training.config import AdapterTraining, ConsistencyConfig
+from mlx_transfusion.training.config import AdapterTraining
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 from mlx_transfusion.training.trainer import Trainer, train
 
 LORA = AdapterTraining(rank=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from mlx_transfusion.config import ModelConfig, from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.discrete_config import DiscreteConfig
 from mlx_transfusion.tokenizer import Tokenizer
+from mlx_transfusion.toml_file import read_toml
 from mlx_transfusion.training.config import TrainConfig, load_train_config
 from mlx_transfusion.training.shape import mean_step_flops, run_shape
 
@@ -93,7 +93,7 @@ class Run:
 
 def read_plan(folder: Path = FOLDER) -> Plan:
     """Raises UserError for a bad file."""
-    return from_dict(Plan, _toml(folder / "comparisons.toml"), "comparisons.toml")
+    return from_dict(Plan, read_toml(folder / "comparisons.toml", "plan"), "comparisons.toml")
 
 
 def read_table(name: str, folder: Path = FOLDER) -> Table:
@@ -101,7 +101,7 @@ def read_table(name: str, folder: Path = FOLDER) -> Table:
     known = table_names(folder)
     if name not in known:
         raise UserError(f'table "{name}" is unknown, expected one of {", ".join(known)}')
-    return from_dict(Table, _toml(folder / "tables" / f"{name}.toml"), f"{name}.toml")
+    return from_dict(Table, read_toml(folder / "tables" / f"{name}.toml", "table"), f"{name}.toml")
 
 
 def table_names(folder: Path = FOLDER) -> list[str]:
@@ -131,7 +131,7 @@ def read_variant(variant: str, folder: Path = FOLDER) -> Variant:
     file = folder / "variants" / f"{variant}.toml"
     if not file.is_file():
         raise UserError(f'variant "{variant}" is unknown: there is no {file.name} in variants/')
-    data = _toml(file)
+    data = read_toml(file, "variant")
     base, budget = folder / data.pop("base", "base.toml"), data.pop("budget_gflop", None)
     return Variant(tuple(f"{key}={json.dumps(value)}" for key, value in _flat(data)), base, budget)
 
@@ -162,12 +162,3 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error

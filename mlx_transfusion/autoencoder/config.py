@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.models.autoencoder_config import AutoencoderConfig
-from mlx_transfusion.training.config import OptimizerConfig, SourceConfig, override_key
+from mlx_transfusion.toml_file import read_toml
+from mlx_transfusion.training.config import OptimizerConfig, SourceConfig
 
 OPTIMIZER: dict[str, Any] = {
     "learning_rate": 1e-4, "warmup": 100, "betas": (0.5, 0.9), "weight_decay": 0.0, "final_fraction": 0.1,
@@ -164,14 +164,7 @@ def load_training(path: str | Path, overrides: list[str] | None = None) -> Autoe
     Raises UserError for a missing or unreadable file and for unknown, missing or mistyped keys.
     """
     path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the training config: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
-    for item in overrides or []:
-        override_key(data, item)
+    data = read_toml(path, "training config", overrides or [])
     _resolve(data, path.parent)
     return from_dict(AutoencoderTraining, data, str(path))
 

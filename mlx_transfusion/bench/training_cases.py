@@ -15,7 +15,8 @@ from mlx_transfusion.lanes import lanes
 from mlx_transfusion.model_io import Loaded
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.training.checkpoint import TrainState
-from mlx_transfusion.training.config import ConsistencyConfig, DataConfig, SourceConfig, TrainConfig
+from mlx_transfusion.training.config import DataConfig, SourceConfig, TrainConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 from mlx_transfusion.training.trainer import Trainer
 
 DOCUMENTS = 16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.settings import GenerationSettings
-from mlx_transfusion.training.config import override_key
+from mlx_transfusion.toml_file import read_toml
 
 DATA_VARIABLE = "MLX_TRANSFUSION_DATA"
 """Environment variable that names the data folder instead of the TOML's `data`."""
@@ -120,14 +119,7 @@ def load_config(
     missing or mistyped keys, and a data folder that does not exist.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the evaluation config: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
-    for item in overrides:
-        override_key(table, item)
+    table = read_toml(path, "evaluation config", overrides)
     config = from_dict(EvaluationConfig, table, str(path))
     override = data if data is not None else os.environ.get(DATA_VARIABLE)
     folder = Path(override).expanduser() if override else path.parent / config.data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mlx_transfusion import sequence
 from mlx_transfusion.config import from_dict
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_path import resolve
+from mlx_transfusion.toml_file import read_toml
 from mlx_transfusion.training.config import (
     AdapterTraining,
     DataConfig,
@@ -89,12 +89,7 @@ def read_finetune_config(file: Path | None, flags: Mapping[str, Any]) -> Finetun
     """A TOML's keys with the flags that were given (not None) over them. Raises UserError."""
     data: dict[str, Any] = {}
     if file is not None:
-        try:
-            data = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{file}: cannot read the config: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not valid TOML: {error}") from error
+        data = read_toml(file, "config")
         for key in ("data", "prior", "model"):
             if isinstance(data.get(key), str) and (file.parent / data[key]).exists():
                 data[key] = str(file.parent / data[key])

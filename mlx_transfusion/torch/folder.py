@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_files import EXTRA_KEYS, check_shapes, read_json, write_json
+from mlx_transfusion.model_files import EXTRA_KEYS, check_shapes, in_files, read_json, write_json
 from mlx_transfusion.model_path import CONFIG_FILE, is_adapter, resolve
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.torch.initial import put
@@ -115,7 +115,7 @@ def save(
 
 
 def _save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    parts = _parts(weights, MAX_FILE_BYTES)
+    parts = in_files(weights, MAX_FILE_BYTES)
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         name = (
@@ -135,16 +135,3 @@ def _save_weights(path: Path, weights: dict[str, Tensor]) -> None:
         "total_parameters": sum(w.numel() for w in weights.values()),
     }
     write_json(path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
-def _parts(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Weights in their order, in groups of at most `limit` bytes (a larger weight stands alone)."""
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, value in weights.items():
-        if parts[-1] and size + value.nbytes > limit:
-            parts.append({})
-            size = 0
-        parts[-1][name] = value
-        size += value.nbytes
-    return parts

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlx_transfusion import pace, trigflow
 from mlx_transfusion.torch import consistency, easy_consistency
 from mlx_transfusion.torch.consistency import Network
-from mlx_transfusion.training.config import ConsistencyConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 
 
 class States(NamedTuple):

@@ -23,7 +23,8 @@ from mlx_transfusion.sampling import guided
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.comparison import paint_rows
-from mlx_transfusion.training.config import ConsistencyConfig, TrainConfig
+from mlx_transfusion.training.config import TrainConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 from mlx_transfusion.training.data import DataSet, Document
 from mlx_transfusion.training.prefix_data import (
     PrefixBatch,

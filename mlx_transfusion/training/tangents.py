@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_transfusion import angle_hops, consistency, easy_consistency, pace, trigflow
 from mlx_transfusion.angle_hops import CosVelocity, Landing
-from mlx_transfusion.training.config import ConsistencyConfig
+from mlx_transfusion.training.consistency_config import ConsistencyConfig
 
 
 class States(NamedTuple):
