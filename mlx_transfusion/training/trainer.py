@@ -40,7 +40,7 @@ from mlx_transfusion.training.metrics import MetricsLog
 from mlx_transfusion.training.optimizer import make_optimizer, set_learning_rate
 from mlx_transfusion.training.painter_data import PainterData
 from mlx_transfusion.training.painter_step import PainterStep, painting_start
-from mlx_transfusion.training.processes import wait_for_all
+from mlx_transfusion.training.processes import meeting, wait_for_all
 from mlx_transfusion.training.progress import Progress
 from mlx_transfusion.training.same_run import check_same_run
 from mlx_transfusion.training.schedule import ema_decay, learning_rate_factor
@@ -301,7 +301,9 @@ class Trainer:
             mx.eval(gradients, sums)
         sums = mx.concatenate([sums, mx.array([float(interrupt.requested)])])
         if self.group.size() > 1:
-            gradients, sums = self._all_sum(gradients), mx.distributed.all_sum(sums)
+            with meeting():
+                gradients, sums = self._all_sum(gradients), mx.distributed.all_sum(sums)
+                mx.eval(sums)
         *losses, stop = np.array(sums)
         return gradients, np.array(losses), bool(stop)
 
