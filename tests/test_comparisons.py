@@ -326,6 +326,15 @@ def test_a_page_is_filled(tools: Any, tmp_path: Path) -> None:
         "| B | 3.5 | 1346 | 2.5 | 1 | 7 |",
         "| B minus A | +1.5 | +1246 | +1 |  |  |",
     ]
+    again = {
+        name: [*runs, {**runs[0], "seed": 1}, {**runs[0], "seed": 2, "measures": {
+            "kernel": {"value": runs[0]["measures"]["kernel"]["value"] * 2},
+            "text": {"values": [4 * v for v in runs[0]["measures"]["text"]["values"]]}}}]
+        for name, runs in results.items()
+    }  # fmt: skip
+    change = tools.draw_table.short_markdown(table, again).splitlines()[-1].split(" | ")
+    assert change[2] == "+1661 [1246, 2491]", "one number a run: three seeds are no proof"
+    assert change[3] == "**+2 [1, 4]**"
     page = tmp_path / "page.md"
     page.write_text("Above\n<!-- table tiny -->\nold\n<!-- end of tiny -->\nBelow\n")
     for _ in range(2):

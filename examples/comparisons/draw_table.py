@@ -115,7 +115,10 @@ def _of(runs: Sequence[dict[str, Any]], name: str, factor: float) -> Figure | No
 
 
 def _change(table: Table, row: Row, results: Results, digits: int = 4) -> list[str]:
-    """The row's measures minus those of the row it is compared with, over the seeds that both have; or nothing."""
+    """The row's measures minus those of the row it is compared with, over the seeds that both have; or nothing.
+
+    Bold where the interval excludes 0, but never of one number a run: three seeds agree one time in four by chance.
+    """
     if row.against is None:
         return []
     by_seed = [{run["seed"]: run for run in results.get(v, ())} for v in (row.variant, row.against)]
@@ -125,8 +128,10 @@ def _change(table: Table, row: Row, results: Results, digits: int = 4) -> list[s
     pair = [[runs[s] for s in seeds] for runs in by_seed]
     cells = []
     for name in table.measures:
-        change = difference(*(_measure(runs, name) for runs in pair))
-        mark = "**" if change.spread and (change.low > 0 or change.high < 0) else ""
+        ours, theirs = (_measure(runs, name) for runs in pair)
+        change = difference(ours, theirs)
+        sure = "values" in ours[0] and change.spread and (change.low > 0 or change.high < 0)
+        mark = "**" if sure else ""
         cells.append(f"{mark}{_cell(change, MEASURES[name].factor, '+', digits)}{mark}")
     return cells
 
