@@ -185,6 +185,7 @@ def _check(config: TrainConfig, kind: str) -> None:
         'consistency.student "painter": give an [adapter] table': c is not None and c.student == "painter",
         "consistency.guidance_range: give one guidance": c is not None and c.guidance_range is not None,
         "consistency.adaptive_weight": c is not None and c.adaptive_weight,
+        'consistency.text "teacher"': c is not None and c.text == "teacher",
         'dtype "bfloat16" without [adapter]': config.dtype != "float32" and config.adapter is None,
         "data.latents: pictures are encoded by the model": bool(config.data.latents),
     }

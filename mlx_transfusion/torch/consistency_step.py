@@ -80,10 +80,11 @@ class ConsistencyStep(Step):
         super().__init__(model, config, world, flex)
         assert config.consistency is not None
         self.settings = config.consistency
-        if self.settings.method not in ("scm", "ect") or self.settings.student != "full":
+        s = self.settings
+        if s.method not in ("scm", "ect") or s.student != "full" or s.text != "data":
             raise UserError(
-                f'consistency.method "{self.settings.method}" with student "{self.settings.student}": the PyTorch '
-                'path has "scm" and "ect" with student "full"; train the others with mlx-transfusion distill'
+                f'consistency.method "{s.method}" with student "{s.student}" and text "{s.text}": the PyTorch '
+                'path has "scm" and "ect" with "full" and "data"; train the others with mlx-transfusion distill'
             )
         if config.dtype != "float32":
             raise UserError(f'dtype is "{config.dtype}": a consistency model is trained in "float32"')

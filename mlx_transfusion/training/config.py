@@ -276,6 +276,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "diffusion.distribution": ("uniform", "tan_lognormal"),
     "consistency.method": ("scm", "ect", "scm_hops"),
     "consistency.student": ("full", "painter"),
+    "consistency.text": ("data", "teacher"),
     "consistency.tangent": ("normalize", "clip", "none"),
     "adapter.type": ("lora", "dora"),
     "adapter.modality": ("both", "image"),

@@ -30,6 +30,9 @@ class ConsistencyConfig:
     """"full": the student is a model of its own, and the text loss stays in the objective. "painter": it is the
     teacher with a second set of weights for pictures that are being painted (`ModelConfig.painter`), and only these
     are trained."""
+    text: str = "data"
+    """What the text of a full student is compared with: "data", the next tokens, or "teacher", the teacher's
+    distribution of each (arXiv 1503.02531), which holds text where the teacher has it."""
     tangent: str = "normalize"
     """"normalize" (to unit length; "ect": pseudo-Huber loss), "clip" (to [-1, 1]) or "none" (section 4.2)."""
     tangent_constant: float = 0.1
@@ -62,6 +65,11 @@ class ConsistencyConfig:
             raise UserError(
                 'training config: consistency.method "scm_hops" hops along a teacher\'s trajectory: name a teacher, '
                 'or use "scm" or "ect"'
+            )
+        if self.text == "teacher" and (self.teacher is None or self.student != "full"):
+            raise UserError(
+                'training config: consistency.text "teacher" is for a full student of a teacher: name a teacher and '
+                'leave student "full", or use text "data"'
             )
         if self.guidance_range is not None:
             where = "training config: consistency."

@@ -37,6 +37,7 @@ from mlx_transfusion.training.prefix_data import (
 from mlx_transfusion.training.signals import Signals
 from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, in_precision, to_arrays
 from mlx_transfusion.training.tangents import States, method_of, picture_losses
+from mlx_transfusion.training.teacher_text import TeacherLogits, divergence
 
 TEACHER_SAMPLER = "dpmpp_2m"
 """How the teacher's pictures are painted that a student is compared with."""
@@ -213,6 +214,7 @@ class ConsistencyStep(Step):
         p = PictureArrays(*pictures)
         constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
         at = self._states(size, p, constant if self._read_alike else None)
+        wanted = self._teacher_logits(p, TextArrays(*texts), rest)
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
@@ -221,13 +223,13 @@ class ConsistencyStep(Step):
                 return image * scale[1], (mx.stack([mx.zeros_like(image), image]), seen)
             hidden, prefix = self._model.read_prefix(p.ids)
             image, seen = self._image_loss(size, w, p, prefix, at, pace)
-            text = self._text_loss(hidden, TextArrays(*texts))
+            before = TextArrays(*texts)
+            text = _text_loss(_text_logits(self._model, hidden, before), before, wanted.prefix)
             if rest is not None and rest_text is not None:
                 self._model.update(cast(self.model_weights(w), self._dtype))
                 batch = TrainArrays(*rest)
                 logits, _ = self._model(in_precision(batch, self._dtype))
-                _, target, weight = rest_text
-                text = text + losses.text_loss(logits.astype(mx.float32), target, weight)
+                text = text + _text_loss(logits.astype(mx.float32), TextArrays(*rest_text), wanted.rest)
             sums = mx.stack([text, image])
             return (sums * scale).sum(), (sums, seen)
 
@@ -253,9 +255,16 @@ class ConsistencyStep(Step):
         each, seen = picture_losses(self._method, network, at, pace, log_weight)
         return (each * p.weight).sum(), seen
 
-    def _text_loss(self, hidden: mx.array, text: TextArrays) -> mx.array:
-        logits = self._model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
-        return losses.text_loss(logits, text.target, text.weight)
+    def _teacher_logits(
+        self, p: PictureArrays, texts: TextArrays, rest: tuple[Any, ...] | None
+    ) -> TeacherLogits:
+        """What the teacher writes in all places of the text loss; nothing where the next token counts."""
+        if self._settings.text != "teacher":
+            return TeacherLogits()
+        teacher = self._teacher
+        assert teacher is not None
+        prefix = _text_logits(teacher, teacher.read_prefix(p.ids)[0], texts)
+        return TeacherLogits(prefix, None if rest is None else teacher(TrainArrays(*rest))[0])
 
     def _states(self, size: Size | None, p: PictureArrays, prefix: list[KeysValues] | None) -> States:
         """The noisy pictures, where they go, and what else the method wants of the teacher, as constants."""
@@ -288,6 +297,18 @@ class ConsistencyStep(Step):
         _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
         null = [(mx.repeat(k, m, 0), mx.repeat(v, m, 0)) for k, v in alone]
         return guided(cond, teacher.cos_velocity(p.x, p.angle, null, mx.full((m,), 2)), scale)
+
+
+def _text_logits(model: Transfusion, hidden: mx.array, text: TextArrays) -> mx.array:
+    """Logits [K, V] of the text-loss positions of prefixes whose final hidden states are [M, S, D]."""
+    return model.lm_head(hidden.reshape(-1, hidden.shape[-1])[text.position])
+
+
+def _text_loss(logits: mx.array, text: TextArrays, wanted: mx.array | None) -> mx.array:
+    """Summed loss of logits [K, V] against the next tokens, or against a teacher's logits [K, V]."""
+    if wanted is None:
+        return losses.text_loss(logits, text.target, text.weight)
+    return divergence(logits, wanted, text.weight)
 
 
 def student_settings(config: ConsistencyConfig, steps: int) -> GenerationSettings:

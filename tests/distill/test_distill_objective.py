@@ -17,6 +17,7 @@ from mlx_transfusion.sequence import Image
 from mlx_transfusion.training.config import load_train_config
 from mlx_transfusion.training.consistency_step import _arrays
 from mlx_transfusion.training.prefix_data import PICTURE_MULTIPLE, count, prefix_batch, prefix_of
+from mlx_transfusion.training.teacher_text import divergence
 from mlx_transfusion.training.trainer import Trainer, train
 
 # ---- the batch ----
@@ -263,3 +264,38 @@ def test_guidance_changes_the_target_and_one_saves_a_pass(config: MakeConfig) ->
         p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
         kinds[scale] = np.array(step_of(trainer)._cos_velocity(p))
     assert np.abs(kinds[1.0] - kinds[2.0]).max() > 1e-3
+
+
+# ---- text that is held to the teacher's ----
+
+
+def test_divergence_against_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    logits, wanted = rng.normal(size=(2, 4, 7)) * 3
+    weights = np.array([1.0, 0.0, 2.0, 1.0])
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (wanted, logits))
+    each = (p * np.log(p / q)).sum(-1)
+    arrays = [mx.array(x, mx.float32) for x in (logits, wanted, weights)]
+    assert divergence(*arrays).item() == pytest.approx((each * weights).sum(), rel=1e-5)
+    gradient = mx.grad(divergence)(*arrays)
+    np.testing.assert_allclose(gradient, (q - p) * weights[:, None], atol=1e-5)
+
+
+def test_text_of_the_teacher_is_where_the_student_begins(config: MakeConfig) -> None:
+    """At the teacher's weights every text agrees, before pictures, behind them and alone, and nothing pulls."""
+
+    def gradients(head: float, *overrides: str) -> tuple[dict[str, np.ndarray], float]:
+        trainer = Trainer(config("consistency.text=teacher", "image_loss_weight=0", *overrides))
+        weights = trainer.state.weights
+        weights["lm_head"]["weight"] = head * weights["lm_head"]["weight"]
+        found, (text, _) = _gradients(trainer)
+        return found, float(text)
+
+    still, text = gradients(1.0)
+    assert abs(text) < 1e-4
+    assert max(np.abs(g).max() for g in still.values()) < 1e-5
+    moved, text = gradients(1.1)
+    assert text > 1e-3
+    assert np.abs(moved["layers.0.mlp.up_proj.weight"]).max() > 1e-5
+    for name, value in gradients(1.1, "accumulate=3", "compile=false")[0].items():
+        assert np.linalg.norm(value - moved[name]) <= 2e-3 * np.linalg.norm(moved[name]) + 1e-7, name

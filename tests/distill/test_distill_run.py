@@ -161,6 +161,7 @@ def test_watch_names_the_first_signal() -> None:
         ),
         (("consistency.gap_factor=1.5",), "consistency.gap_factor is 1.5, expected 2"),
         (("consistency.gap_stages=20",), "to the power of gap_stages 20"),
+        (("consistency.text=teacher", "consistency.student=painter"), 'text "teacher" is for a full student'),
         (("consistency.guidance=-1",), "consistency.guidance is -1"),
         (("consistency.teecher=emoji",), 'unknown key "teecher"; did you mean "teacher"'),
         (("consistency.angles=[2.0]",), r"consistency.angles\[0\] is 2.0"),
@@ -198,7 +199,7 @@ def test_a_teacher_that_predicts_noise_is_distilled(config: MakeConfig, folder: 
     there = a[:, 0, 0] < 1.5
     wanted = as_velocity / np.cos(a) - np.sin(a) * x
     np.testing.assert_allclose(as_noise[there], wanted[there], atol=1e-4)
-    assert load(trainer.run()).config.prediction == "velocity"
+    assert load(trainer.run()).transfusion.config.prediction == "velocity"
 
 
 def test_verbs_and_tables_belong_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
