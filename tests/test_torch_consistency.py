@@ -160,7 +160,12 @@ def test_three_steps_of_distillation_are_those_of_mlx(
 def test_options_of_mlx_alone_are_refused(teacher: tuple[Path, Path], tmp_path: Path) -> None:
     toml, folder = teacher
     with processes() as world:
-        for change in ('consistency.method="scm_hops"', 'consistency.student="painter"', "dtype=bfloat16"):
+        for change in (
+            'consistency.method="scm_hops"',
+            'consistency.student="painter"',
+            'consistency.text="teacher"',
+            "dtype=bfloat16",
+        ):
             changes = [f"output={tmp_path}", f"consistency.teacher={folder}", f"init={folder}", change]
             with pytest.raises(UserError):
                 Trainer(load_train_config(toml, changes), Machines(), world)
