@@ -27,7 +27,10 @@ def read_toml(path: Path, what: str, overrides: Sequence[str] = ()) -> dict[str,
 
 
 def _override(data: dict[str, Any], item: str) -> None:
-    """Set one key of a TOML's data in place by "key.path=value". Raises UserError for what is no such text."""
+    """Set one key of a TOML's data in place by "key.path=value"; a number names a table of a list, from 0.
+
+    Raises UserError for what is no such text.
+    """
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f'--set "{item}": expected key.path=value, e.g. --set optimizer.learning_rate=1e-3')
@@ -36,8 +39,14 @@ def _override(data: dict[str, Any], item: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *parents, last = key.strip().split(".")
+    inside: Any = data
     for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
+        if isinstance(inside, list):
+            inside = inside[int(parent)] if parent.isdecimal() and int(parent) < len(inside) else None
+        else:
+            inside = inside.setdefault(parent, {})
+        if not isinstance(inside, dict | list):
             raise UserError(f'--set "{item}": {parent} is not a table')
-    data[last] = value
+    if isinstance(inside, list):
+        raise UserError(f'--set "{item}": {parents[-1]} is a list: name one of its tables, from 0')
+    inside[last] = value

@@ -55,7 +55,7 @@ def test_overrides(toml: Path) -> None:
     config = load_train_config(
         toml,
         ["optimizer.learning_rate=1e-3", "output=else/where", "sample.prompts=['a', 'b']", "model.qk_norm=true",
-         "diffusion.high_noise_share=[0.5, 0.25]", "init='5'"],
+         "diffusion.high_noise_share=[0.5, 0.25]", "init='5'", "data.train.0.weight=2.5"],
     )  # fmt: skip
     assert config.optimizer.learning_rate == 1e-3
     assert config.output == "else/where"
@@ -63,6 +63,7 @@ def test_overrides(toml: Path) -> None:
     assert config.model["qk_norm"] is True
     assert config.diffusion.high_noise_share == (0.5, 0.25)
     assert config.init == "5"
+    assert config.data.train[0].weight == 2.5
 
 
 FAULTS: list[tuple[str, str]] = [
@@ -101,6 +102,9 @@ FAULTS: list[tuple[str, str]] = [
     ("nonsense", '--set "nonsense": expected key.path=value'),
     ("=3", "expected key.path=value"),
     ("steps.x=3", "steps is not a table"),
+    ("data.train.7.rows=x", "7 is not a table"),
+    ("data.train.first.rows=x", "first is not a table"),
+    ("data.train.rows=x", "train is a list: name one of its tables"),
 ]
 
 

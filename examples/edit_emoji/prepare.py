@@ -3,24 +3,33 @@
     python examples/edit_emoji/prepare.py
 
 edits_train.jsonl and edits_val.jsonl hold rows {"source", "instruction", "target"} by file name. Twenty of the
-training rows name a source that is in neither tar of examples/emoji; they are left out.
+training rows name a source that is in neither tar of examples/emoji; they are left out. data/train-100.jsonl and
+data/train-400.jsonl are the first rows of one shuffle, for the learning curve.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 EMOJI = HERE.parent / "emoji" / "data" / "emoji"
 SPLITS = ("train", "val")
+PARTS = (100, 400)
+"""Training edits of the learning curve, besides all."""
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows of a jsonl file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+    """Rows as a jsonl file."""
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_pictures() -> dict[str, bytes]:
@@ -54,9 +63,12 @@ def main() -> None:
         rows = read_rows(HERE / f"edits_{split}.jsonl")
         whole = [row for row in rows if row["source"] in pictures and row["target"] in pictures]
         used |= {row[key] for row in whole for key in ("source", "target")}
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in whole]
-        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(target / f"{split}.jsonl", whole)
         print(f"{split}: {len(whole)} of {len(rows)} edits")
+        if split == "train":
+            random.Random(0).shuffle(whole)
+            for count in PARTS:
+                write_rows(target / f"train-{count}.jsonl", whole[:count])
     write_tar(target / "pictures.tar", {name: pictures[name] for name in used})
 
 
