@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -263,6 +264,11 @@ def test_power_laws(tools: Any) -> None:
     scattered = (x, [y * rng.lognormal(0, 0.05) for y in ours[1]])
     low, high = laws.parity_interval(scattered, theirs)
     assert low < laws.parity_ratio(scattered, theirs) < high
+    flat = (x, [2.0 * v**-1e-4 for v in x])
+    rising = (x, [2.0 * v**0.1 for v in x])
+    for never in (flat, rising):  # no budget is enough, also where the number would be too large for a float
+        assert laws.parity_ratio(never, (x, [0.5] * len(x))) == math.inf
+        assert laws.parity_interval(never, (x, [0.5] * len(x)))[1] == math.inf
     with pytest.raises(UserError, match="two or more different budgets"):
         laws.fit([2.0, 2.0], [1.0, 1.1])
     with pytest.raises(UserError, match="no inverse"):

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from plan_runs import Table
 from power_laws import PowerLaw, fit, parity_interval, parity_ratio
 
+OUT_OF_REACH = 1e6
 COLOURS = (BLUE, (220, 120, 20))
 LEFT, BOTTOM, HEIGHT = 46, 34, 190
 Points = tuple[list[float], list[float]]
@@ -54,14 +55,19 @@ def parity(table: Table, results: Results) -> str:
         paper = table.paper_ratios[k] if k < len(table.paper_ratios) else math.nan
         body.append([
             _title(name), "" if math.isnan(paper) else f"{paper:g}", *(f"{law.exponent:.3f}" for law in laws),
-            ", ".join(f"{law.r_squared:.2f}" for law in laws), f"{parity_ratio(ours, theirs):.3g}",
-            f"[{low:.3g}, {high:.3g}]",
+            ", ".join(f"{law.r_squared:.2f}" for law in laws), _ratio(parity_ratio(ours, theirs)),
+            f"[{_ratio(low)}, {_ratio(high)}]",
         ])  # fmt: skip
     if not body:
         return ""
     names = iter(points(table, results, table.measures[0]))
     head = [h.format(next(names)) if "{}" in h else h for h in head]
     return "\n".join(["", "Power laws of the training operations:", "", *aligned(head, body), ""])
+
+
+def _ratio(value: float) -> str:
+    """A parity ratio; "never" where no budget is enough, or more than OUT_OF_REACH times as much."""
+    return f"{value:.3g}" if value < OUT_OF_REACH else "never"
 
 
 def picture(table: Table, results: Results) -> Image.Image:

@@ -7,6 +7,7 @@ took.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,13 @@ class PowerLaw:
         return float(self.factor * x**self.exponent)
 
     def inverse(self, y: float) -> float:
-        """The x that gives y. Raises UserError for a law that is flat."""
+        """The x that gives y; infinite beyond all numbers. Raises UserError for a law that is flat."""
         if self.exponent == 0:
             raise UserError("a power law with exponent 0 reaches one value only: it has no inverse")
-        return float((y / self.factor) ** (1 / self.exponent))
+        try:
+            return float((y / self.factor) ** (1 / self.exponent))
+        except OverflowError:
+            return math.inf
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
@@ -58,10 +62,16 @@ def parity_ratio(
 ) -> float:
     """Operations at which our law reaches what theirs gives at their largest budget, over that budget.
 
-    Each is (budgets, values). Below 1: we need less. Raises UserError as `fit`, and for a flat law.
+    Each is (budgets, values), the lower the better. Below 1: we need less; infinite: our values do not fall with the
+    budget, so no budget is enough. Raises UserError as `fit`.
     """
     budget = max(theirs[0])
-    return fit(*ours).inverse(fit(*theirs).at(budget)) / budget
+    return _reached(fit(*ours), fit(*theirs).at(budget)) / budget
+
+
+def _reached(law: PowerLaw, value: float) -> float:
+    """The budget at which a law that falls has come down to `value`; infinite for one that does not fall."""
+    return law.inverse(value) if law.exponent < 0 else math.inf
 
 
 def parity_interval(
@@ -71,7 +81,7 @@ def parity_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the ratio: the runs (points) of either model are drawn again with replacement.
 
-    Draws that hold fewer than two budgets, or whose law has no positive ratio, are left out.
+    Draws that hold fewer than two budgets are left out.
     """
     found = []
     draws = [
@@ -83,9 +93,7 @@ def parity_interval(
         parts = [(x[rows[sample]], y[rows[sample]]) for (x, y), rows in zip(points, draws, strict=True)]
         if all(len(np.unique(x)) > 1 for x, _ in parts):
             budget = max(theirs[0])
-            law, other = fit(*parts[0]), fit(*parts[1])
-            if law.exponent:
-                with np.errstate(over="ignore"):
-                    found.append(law.inverse(other.at(budget)) / budget)
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+            found.append(_reached(fit(*parts[0]), fit(*parts[1]).at(budget)) / budget)
+    found.sort()  # quantiles by rank: between two infinite ones there is nothing to interpolate
+    low, high = ((1 - level) / 2, (1 + level) / 2)
+    return found[round(low * (len(found) - 1))], found[round(high * (len(found) - 1))]
