@@ -11,7 +11,7 @@ MOST = 1 << 62
 def limit_cache(gigabytes: float | None) -> None:
     """Let MLX keep at most so many GB (10^9 bytes) of freed memory; None leaves MLX's own limit.
 
-    The CPU backend keeps none. Raises UserError for a number below 0, and for one that is none.
+    MLX's own is 32 MiB on a CPU. Raises UserError for a number below 0, and for one that is none.
     """
     if gigabytes is None:
         return
