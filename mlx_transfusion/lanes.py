@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import mlx.core as mx
 
@@ -71,11 +71,13 @@ class Shares:
     """Hands pieces of work of known size to the open lanes, each to the one that has least."""
 
     def __init__(self) -> None:
-        self._streams = _streams.first(_streams.open)
+        self._streams = _streams.first(_streams.open) if _streams.open > 1 else []
         self._load = [0] * len(self._streams)
 
-    def take(self, size: int) -> mx.Stream:
-        """The stream for a piece of work of `size`, in any unit."""
+    def lane(self, size: int) -> AbstractContextManager[object]:
+        """Inside, work of `size` (in any unit) is in its lane; where no lanes are open, it stays where it is."""
+        if not self._streams:
+            return nullcontext()
         lane = self._load.index(min(self._load))
         self._load[lane] += size
-        return self._streams[lane]
+        return mx.stream(self._streams[lane])

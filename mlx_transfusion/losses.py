@@ -13,12 +13,18 @@ def text_loss(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.arra
 
     In open lanes (lanes.py) the positions are shared out between the cores.
     """
-    total = mx.zeros(())
-    for stream, k in split(len(targets), 1) or [(mx.default_stream(mx.default_device()), slice(None))]:
+    lanes = split(len(targets), 1)
+    if not lanes:
+        return _summed(logits, targets, weights)
+    parts = []
+    for stream, k in lanes:
         with mx.stream(stream):
-            each = nn.losses.cross_entropy(logits[k], targets[k], reduction="none")
-            total = total + (each * weights[k]).sum()
-    return total
+            parts.append(_summed(logits[k], targets[k], weights[k]))
+    return sum(parts[1:], parts[0])
+
+
+def _summed(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    return (nn.losses.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -120,11 +120,28 @@ def test_an_update_is_the_same(tiny_model: Transfusion, threads: list[int], name
 
 
 def test_pieces_of_work_go_to_the_lane_that_has_least(threads: list[int]) -> None:
+    def places(shares: lanes.Shares, sizes: list[int]) -> list[str]:
+        found = []
+        for size in sizes:
+            with shares.lane(size):
+                found.append(str(mx.default_stream(mx.cpu)))
+        return found
+
     with lanes.lanes(3):
-        shares = lanes.Shares()
-        assert len({str(shares.take(5)) for _ in range(3)}) == 3
-        assert str(shares.take(1)) != str(shares.take(1)) != str(shares.take(1))
-    assert len({str(lanes.Shares().take(1)) for _ in range(3)}) == 1
+        first, second, third, fourth, fifth = places(lanes.Shares(), [5, 2, 4, 1, 1])
+    assert len({first, second, third}) == 3
+    assert fourth == fifth == second
+    assert len(set(places(lanes.Shares(), [1, 1, 1]))) == 1
+
+
+def test_without_lanes_no_stream_is_named(tiny_model: Transfusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU an update and a loss stay there."""
+    monkeypatch.setattr(mx, "stream", lambda *_: pytest.fail("a stream was named"))
+    weights = tiny_model.parameters()
+    optimizer = make_optimizer(OptimizerConfig(name="muon"))
+    optimizer.init(weights)
+    mx.eval(ema_update(weights, optimizer.apply_gradients(weights, weights), mx.array(0.9)))
+    mx.eval(text_loss(mx.zeros((7, 11)), mx.zeros(7, mx.int32), mx.ones(7)))
 
 
 def test_a_text_loss_is_the_same(threads: list[int]) -> None:

@@ -23,7 +23,7 @@ class _InLanes(optim.Optimizer):
         return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        with mx.stream(self._shares.take(parameter.size)):
+        with self._shares.lane(parameter.size):
             return super().apply_single(gradient, parameter, state)
 
 
@@ -74,7 +74,7 @@ def ema_update(average: Tree, weights: Tree, decay: mx.array) -> Tree:
     shares = Shares()
 
     def moved(a: mx.array, w: mx.array) -> mx.array:
-        with mx.stream(shares.take(a.size)):
+        with shares.lane(a.size):
             return a + (1 - decay) * (w - a)
 
     return tree_map(moved, average, weights)
