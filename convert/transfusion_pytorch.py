@@ -1,4 +1,4 @@
-"""State dicts of transfusion-pytorch (lucidrains), versions 0.19.0 to 0.20.0, which share their names.
+"""State dicts of transfusion-pytorch (lucidrains), versions 0.19.7 and 0.20; those since 0.19.0 share their names.
 
 The package has no config file: config.json, beside the weights or named by --config, holds the keyword arguments of
 its constructor, with `transformer` as an object. What it leaves out has the constructor's default; sizes that the
@@ -180,5 +180,5 @@ def precision(path: str) -> Precision:
 
 
 CONVERTER = Converter(
-    "transfusion_pytorch", "transfusion-pytorch 0.19 and 0.20 (without U-Net)", detect, plan
+    "transfusion_pytorch", "transfusion-pytorch 0.19.7 and 0.20 (without U-Net)", detect, plan
 )

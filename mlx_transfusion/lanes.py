@@ -11,7 +11,7 @@ and where no BLAS can be told its threads, everything stays as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import mlx.core as mx
@@ -65,6 +65,18 @@ def split(rows: int, tokens: int) -> list[tuple[mx.Stream, slice]]:
         return []
     ends = [rows * i // count for i in range(count + 1)]
     return [(s, slice(ends[i], ends[i + 1])) for i, s in enumerate(_streams.first(count))]
+
+
+def by_rows(function: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
+    """What `function` gives of each open lane's rows of the arrays, or of all of them in one piece."""
+    lanes = split(len(arrays[0]), 1)
+    if not lanes:
+        return [function(*arrays)]
+    parts = []
+    for stream, rows in lanes:
+        with mx.stream(stream):
+            parts.append(function(*(array[rows] for array in arrays)))
+    return parts
 
 
 class Shares:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_transfusion.lanes import split
+from mlx_transfusion.lanes import by_rows
 
 
 def text_loss(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -13,13 +13,7 @@ def text_loss(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.arra
 
     In open lanes (lanes.py) the positions are shared out between the cores.
     """
-    lanes = split(len(targets), 1)
-    if not lanes:
-        return _summed(logits, targets, weights)
-    parts = []
-    for stream, k in lanes:
-        with mx.stream(stream):
-            parts.append(_summed(logits[k], targets[k], weights[k]))
+    parts = by_rows(_summed, logits, targets, weights)
     return sum(parts[1:], parts[0])
 
 

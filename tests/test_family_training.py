@@ -178,6 +178,7 @@ def test_the_verbs(folders: dict[str, Path], tmp_path: Path, cli: Any) -> None:
         ),
         ({"model": {}}, "is not trained with [model]"),
         ({"consistency": ConsistencyConfig(teacher="X", student="painter")}, "give an [adapter] table"),
+        ({"consistency": ConsistencyConfig(teacher="X", text="teacher")}, 'with consistency.text "teacher"'),
         ({"gradient_checkpointing": True}, "gradient_checkpointing is not there"),
         ({"dtype": "bfloat16"}, "without [adapter]"),
     ],

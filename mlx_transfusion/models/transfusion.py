@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from mlx_transfusion import trigflow
 from mlx_transfusion.config import ModelConfig
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.lanes import split
+from mlx_transfusion.lanes import by_rows, split
 from mlx_transfusion.models.autoencoder import AutoencoderKL
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.family import Family, PictureFamily
@@ -137,7 +137,7 @@ class Transfusion(PictureFamily):
             x = mx.where(batch.is_image, stacked[batch.patch_row], x)
         hidden, _ = self._run(self, x, batch.mask, 0, [None] * len(self.layers))
         x = hidden.reshape(-1, hidden.shape[-1])
-        logits = self._head(x[batch.text_index])
+        logits = mx.concatenate(by_rows(self.lm_head, x[batch.text_index]))
         start = 0
         for i in present:
             m, n, _ = out[i].shape
@@ -392,14 +392,6 @@ class Transfusion(PictureFamily):
             for layer in zip(*(new for _, new in done), strict=True)
         ]
         return mx.concatenate([hidden for hidden, _ in done]), added
-
-    def _head(self, x: mx.array) -> mx.array:
-        """Logits [K, V] of hidden states [K, D], in open lanes on several cores."""
-        parts = []
-        for stream, rows in split(len(x), 1):
-            with mx.stream(stream):
-                parts.append(self.lm_head(x[rows]))
-        return mx.concatenate(parts) if parts else self.lm_head(x)
 
     def _run_rows(
         self, part: Part, x: mx.array, mask: Mask, offset: int | mx.array, past: Sequence[KeysValues | None]
