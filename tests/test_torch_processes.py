@@ -102,7 +102,7 @@ def test_both_are_killed_while_they_save_and_one_goes_on(toml: Path, whole: Path
     wait_for(lambda: (unfinished / ".metadata").is_file(), both)
     for one in ids:
         os.kill(one, signal.SIGKILL)
-    both.communicate()
+    both.communicate(timeout=240)
     assert [p.name for p in checkpoints(tmp_path / "torch")] == ["step-00000002"]
     assert "step-00000002 (2 processes wrote it)" in finish(start(job(toml, tmp_path, 1, "steps=8")))
     assert not unfinished.exists()
@@ -119,7 +119,7 @@ def test_both_are_killed_while_they_save_in_the_background(toml: Path, whole: Pa
     assert unfinished.is_dir()
     for one in ids:
         os.kill(one, signal.SIGKILL)
-    both.communicate()
+    both.communicate(timeout=240)
     assert [p.name for p in checkpoints(tmp_path / "torch")] == ["step-00000002"]
     assert "step-00000002 (2 processes wrote it)" in finish(start(job(toml, tmp_path, 1, "steps=8")))
     assert run_losses(tmp_path) == pytest.approx(run_losses(whole), rel=1e-5)

@@ -52,14 +52,27 @@ def main() -> None:
 
 def train_and_kill(command: list[str], checkpoints: Path) -> Path:
     """Start a run, end all of its processes at once when it has a checkpoint, and return that."""
-    launched = subprocess.Popen(command, start_new_session=True)
+    launched = subprocess.Popen(command)
     while not (found := sorted(checkpoints.glob("step-*"))):
         if launched.poll() is not None:
             sys.exit(f"the run of two processes ended by itself with code {launched.returncode}")
         time.sleep(0.02)
-    os.killpg(launched.pid, signal.SIGKILL)
+    # Each of torchrun's workers has a process group of its own, so no signal to a group reaches all.
+    for process in [launched.pid, *children(launched.pid)]:
+        os.kill(process, signal.SIGKILL)
     launched.wait()
     return found[-1]
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process has started."""
+    if Path("/proc/self/stat").exists():
+        stats = (path.read_text() for path in Path("/proc").glob("[0-9]*/stat"))
+        pairs = [(s.split(maxsplit=1)[0], s.rpartition(")")[2].split()[1]) for s in stats]
+    else:
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True)
+        pairs = [tuple(line.split()) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, started_by in pairs if int(started_by) == parent]
 
 
 def python(what: str, *arguments: str) -> None:
