@@ -30,7 +30,8 @@ from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.tokenizer import Tokenizer
 from mlx_transfusion.training.checkpoint import checkpoints
 from mlx_transfusion.training.config import TrainConfig, load_train_config
-from mlx_transfusion.training.consistency_step import ConsistencyStep, _arrays
+from mlx_transfusion.training.consistency_step import ConsistencyStep
+from mlx_transfusion.training.prefix_arrays import arrays_of
 from mlx_transfusion.training.prefix_data import GUIDANCE_STREAM, prefix_of
 from mlx_transfusion.training.trainer import Trainer, train
 
@@ -203,7 +204,7 @@ def test_a_student_starts_as_its_teacher(config: MakeConfig, student: str) -> No
     trainer = Trainer(config(f"consistency.student={student}"))
     assert trainer.model.config.guidance_condition
     assert trainer.teacher is not None
-    p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+    p, _ = arrays_of(trainer._load(0).parts[0], trainer.model)
     assert p.guidance is not None
     _, prefix = trainer.model.read_prefix(p.ids)
     ours = trainer.model.paint(p.x, p.angle, prefix, p.lengths, p.guidance)
@@ -214,7 +215,7 @@ def test_the_teacher_guides_each_picture_with_its_own_scale(config: MakeConfig) 
     trainer = Trainer(config())
     assert isinstance(trainer.step, ConsistencyStep)
     assert trainer.teacher is not None
-    p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+    p, _ = arrays_of(trainer._load(0).parts[0], trainer.model)
     assert p.guidance is not None
     found = np.array(trainer.step._cos_velocity(p))
     documents = [d for d in trainer.train_data.documents(0, 6) if prefix_of(d) is not None]

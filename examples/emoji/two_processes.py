@@ -71,7 +71,7 @@ def children(parent: int) -> list[int]:
         pairs = [(s.split(maxsplit=1)[0], s.rpartition(")")[2].split()[1]) for s in stats]
     else:
         listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True)
-        pairs = [tuple(line.split()) for line in listed.stdout.splitlines()]
+        pairs = [(line.split()[0], line.split()[1]) for line in listed.stdout.splitlines()]
     return [int(pid) for pid, started_by in pairs if int(started_by) == parent]
 
 

@@ -148,13 +148,35 @@ class Transfusion(PictureFamily):
 
     # ---- distillation: the same passes on plain arrays, differentiable and of fixed shape ------------------------
 
-    def read_prefix(self, ids: mx.array) -> tuple[mx.array, list[KeysValues]]:
+    def read_prefix(
+        self, ids: mx.array, clean: mx.array | None = None, start: mx.array | None = None
+    ) -> tuple[mx.array, list[KeysValues]]:
         """Read prompts [M, S] that are padded on the right.
+
+        clean: patches [M, N, P] of a finished picture in each prompt, from column start [M] on, whatever the ids
+        say there; a prompt with a negative start has none.
 
         Returns the final hidden states [M, S, D] and each layer's keys and values. Padding comes last and is
         invisible to what stands before it; `paint` must be told not to look at it.
         """
-        return self._run(self, self.embed_tokens(ids), "causal", 0, [None] * len(self.layers))
+        x = self.embed_tokens(ids)
+        mask: Mask = "causal"
+        if clean is not None and start is not None:
+            x, mask = self._with_pictures(x, clean, start)
+        return self._run(self, x, mask, 0, [None] * len(self.layers))
+
+    def _with_pictures(self, x: mx.array, clean: mx.array, start: mx.array) -> tuple[mx.array, mx.array]:
+        """Token vectors [M, S, D] with those of clean pictures in their places, and who sees whom [M, 1, S, S]."""
+        embedded = self.angle_embedding(mx.zeros((len(clean),)))
+        tokens, _ = _patch_tokens(self, clean, embedded, self.config.grid())
+        patch = mx.arange(x.shape[1]) - start[:, None]
+        inside = (patch >= 0) & (patch < tokens.shape[1]) & (start >= 0)[:, None]
+        place = mx.clip(patch, 0, tokens.shape[1] - 1)[..., None]
+        x = mx.where(inside[..., None], mx.take_along_axis(tokens, place, 1), x)
+        mask = mx.tril(mx.ones((x.shape[1], x.shape[1]), mx.bool_))[None, None]
+        if self.config.bidirectional:
+            mask = mask | (inside[:, None, :, None] & inside[:, None, None])
+        return x, mask
 
     def paint(
         self,

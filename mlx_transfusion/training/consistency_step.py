@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_transfusion import consistency, losses, trigflow
+from mlx_transfusion import consistency, losses
 from mlx_transfusion.models.layers import KeysValues
-from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.models.transfusion import TrainArrays, Transfusion
-from mlx_transfusion.painting import paint
 from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sampling import guided
 from mlx_transfusion.settings import GenerationSettings
@@ -26,6 +24,13 @@ from mlx_transfusion.training.comparison import paint_rows
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.consistency_config import ConsistencyConfig
 from mlx_transfusion.training.data import DataSet, Document
+from mlx_transfusion.training.prefix_arrays import (
+    PictureArrays,
+    TextArrays,
+    arrays_of,
+    painted,
+    without_text,
+)
 from mlx_transfusion.training.prefix_data import (
     PrefixBatch,
     count,
@@ -35,7 +40,7 @@ from mlx_transfusion.training.prefix_data import (
     prefix_of,
 )
 from mlx_transfusion.training.signals import Signals
-from mlx_transfusion.training.step import Step, Tree, cast, clean_patches, in_precision, to_arrays
+from mlx_transfusion.training.step import Step, Tree, cast, in_precision, to_arrays
 from mlx_transfusion.training.tangents import States, method_of, picture_losses
 from mlx_transfusion.training.teacher_text import TeacherLogits, divergence
 
@@ -43,26 +48,6 @@ TEACHER_SAMPLER = "dpmpp_2m"
 """How the teacher's pictures are painted that a student is compared with."""
 LOSS_WEIGHT = "loss_weight"
 """Where the weighting network stands among the trained weights; it is no part of the model."""
-
-
-class PictureArrays(NamedTuple):
-    """The pictures of a PrefixBatch as mlx arrays."""
-
-    ids: mx.array  # int32 [M, S]
-    lengths: mx.array  # int32 [M]
-    weight: mx.array  # float32 [M]
-    x: mx.array  # noisy patches [M, N, P]
-    angle: mx.array  # float32 [M]
-    sample_velocity: mx.array  # cos(a) times the velocity of the sample itself [M, N, P]
-    guidance: mx.array | None = None  # scales [M], where pictures have scales of their own
-
-
-class TextArrays(NamedTuple):
-    """Positions of the language-model loss, [K] each."""
-
-    position: mx.array
-    target: mx.array
-    weight: mx.array
 
 
 class ConsistencyStep(Step):
@@ -79,7 +64,7 @@ class ConsistencyStep(Step):
         self._read_alike = teacher is not None and _same_weights(teacher, model)
         self._method = method_of(config.consistency, config.steps)
         self._loss_weight = consistency.LossWeight()
-        self._valid: tuple[list[list[int]], list[int], mx.array] | None = None
+        self._valid: tuple[PictureArrays, mx.array] | None = None
         self._watched = self.signals = Signals()
         self._of_size: dict[Size | None, Callable[..., Any]] = {}
 
@@ -97,6 +82,11 @@ class ConsistencyStep(Step):
         """Whether a painter is trained: then nothing that reads or writes changes, and text needs no loss."""
         return self._model.config.painter
 
+    @property
+    def _edits(self) -> bool:
+        """Whether edits are distilled too; a student that is told its scale does not edit (editing.py)."""
+        return self._settings.guidance_range is None
+
     def model_weights(self, weights: Tree) -> Tree:
         """The part of the trained weights that is the model."""
         return {name: tree for name, tree in weights.items() if name != LOSS_WEIGHT}
@@ -104,10 +94,10 @@ class ConsistencyStep(Step):
     def load(self, data: DataSet, documents: Sequence[Document]) -> PrefixBatch:
         """Arrays of one part of a step (numpy only)."""
         if self._text_frozen:
-            documents = [d for d in documents if prefix_of(d) is not None]
+            documents = [d for d in documents if prefix_of(d, self._edits) is not None]
         c = self._model.config
         sizes = c.sizes if len(c.sizes) > 1 else (None,)
-        batch = prefix_batch(data, documents, c.pad_token_id, sizes)
+        batch = prefix_batch(data, documents, c.pad_token_id, sizes, self._edits)
         if (between := self._settings.guidance_range) is None:
             return batch
         own, *more = (
@@ -123,7 +113,7 @@ class ConsistencyStep(Step):
 
     def count(self, data: DataSet, document: Document) -> tuple[int, int]:
         """(text-loss tokens, pictures in the loss) of a document."""
-        text, pictures = count(data, document)
+        text, pictures = count(data, document, self._edits)
         return (0 if self._text_frozen else text), pictures
 
     def gradients(
@@ -142,7 +132,7 @@ class ConsistencyStep(Step):
         self, weights: Tree, batch: PrefixBatch, scale: mx.array, pace: mx.array
     ) -> tuple[Tree, mx.array]:
         """As `gradients`, of the pictures of one size and of the rest that stands beside them."""
-        pictures, texts = _arrays(batch, self._model)
+        pictures, texts = arrays_of(batch, self._model)
         rest = rest_text = None
         if batch.rest is not None:
             arrays, _, target, weight = to_arrays(batch.rest, self._model)
@@ -172,9 +162,9 @@ class ConsistencyStep(Step):
             return out
         if self._valid is None:
             self._valid = self._valid_pictures(data, size)
-        prefixes, seeds, wanted = self._valid
+        p, wanted = self._valid
         for steps in (1, 1 + len(self._settings.angles)):
-            made = paint(self._model, prefixes, seeds, student_settings(self._settings, steps))
+            made = painted(self._model, p, student_settings(self._settings, steps))
             out[f"valid_teacher_gap_{steps}"] = float(np.array((made - wanted).square().mean()))
         return out
 
@@ -187,23 +177,25 @@ class ConsistencyStep(Step):
             rows.insert(0, (self._teacher, teacher_settings(self._settings)))
         paint_rows(rows, tokenizer, self._config.sample, file)
 
-    def _valid_pictures(self, data: DataSet, size: int) -> tuple[list[list[int]], list[int], mx.array]:
-        """Prefixes, seeds, and the teacher's clean patches [M, N, P] for them."""
-        prefixes: list[list[int]] = []
-        for i in range(self._settings.valid_pictures):
-            found = (prefix_of(d) for d in data.documents(i, size))
-            prefixes += [p for p in found if p is not None]
-            if len(prefixes) >= self._settings.valid_pictures:
+    def _valid_pictures(self, data: DataSet, size: int) -> tuple[PictureArrays, mx.array]:
+        """Prefixes, and the teacher's clean patches [M, N, P] for them, both of the model's own size."""
+        own, wanted = self._model.config.sizes[0], self._settings.valid_pictures
+        found: list[Document] = []
+        for i in range(wanted):
+            documents = of_size(data.documents(i, size), own)
+            found += [d for d in documents if prefix_of(d, self._edits) is not None]
+            if len(found) >= wanted:
                 break
-        prefixes = prefixes[: self._settings.valid_pictures]
-        seeds = list(range(len(prefixes)))
+        batch = prefix_batch(data, found[:wanted], self._model.config.pad_token_id, edits=self._edits)
+        p, _ = arrays_of(batch, self._model)
+        p = p.first(len(found[:wanted]))
         assert self._teacher is not None
-        return prefixes, seeds, paint(self._teacher, prefixes, seeds, teacher_settings(self._settings))
+        return p, painted(self._teacher, p, teacher_settings(self._settings))
 
     def _plain_consistency_gradients(
         self,
         weights: Tree,
-        pictures: tuple[mx.array, ...],
+        pictures: tuple[Any, ...],
         texts: tuple[mx.array, ...],
         rest: tuple[Any, ...] | None,
         rest_text: tuple[mx.array, ...] | None,
@@ -212,16 +204,17 @@ class ConsistencyStep(Step):
         size: Size | None = None,
     ) -> tuple[Tree, mx.array, mx.array]:
         p = PictureArrays(*pictures)
-        constant = self._model.read_prefix(p.ids)[1] if self._text_frozen else None
+        model = _at(self._model, size)
+        constant = model.read_prefix(*p.prefixes)[1] if self._text_frozen else None
         at = self._states(size, p, constant if self._read_alike else None)
-        wanted = self._teacher_logits(p, TextArrays(*texts), rest)
+        wanted = self._teacher_logits(size, p, TextArrays(*texts), rest)
 
         def objective(w: Tree) -> tuple[mx.array, tuple[mx.array, mx.array]]:
             self._model.update(self.model_weights(w))
             if constant is not None:
                 image, seen = self._image_loss(size, w, p, constant, at, pace)
                 return image * scale[1], (mx.stack([mx.zeros_like(image), image]), seen)
-            hidden, prefix = self._model.read_prefix(p.ids)
+            hidden, prefix = model.read_prefix(*p.prefixes)
             image, seen = self._image_loss(size, w, p, prefix, at, pace)
             before = TextArrays(*texts)
             text = _text_loss(_text_logits(self._model, hidden, before), before, wanted.prefix)
@@ -256,14 +249,14 @@ class ConsistencyStep(Step):
         return (each * p.weight).sum(), seen
 
     def _teacher_logits(
-        self, p: PictureArrays, texts: TextArrays, rest: tuple[Any, ...] | None
+        self, size: Size | None, p: PictureArrays, texts: TextArrays, rest: tuple[Any, ...] | None
     ) -> TeacherLogits:
         """What the teacher writes in all places of the text loss; nothing where the next token counts."""
         if self._settings.text != "teacher":
             return TeacherLogits()
         teacher = self._teacher
         assert teacher is not None
-        prefix = _text_logits(teacher, teacher.read_prefix(p.ids)[0], texts)
+        prefix = _text_logits(teacher, _at(teacher, size).read_prefix(*p.prefixes)[0], texts)
         return TeacherLogits(prefix, None if rest is None else teacher(TrainArrays(*rest))[0])
 
     def _states(self, size: Size | None, p: PictureArrays, prefix: list[KeysValues] | None) -> States:
@@ -289,14 +282,12 @@ class ConsistencyStep(Step):
             return p.sample_velocity
         teacher = _at(teacher, size)
         if prefix is None:
-            _, prefix = teacher.read_prefix(p.ids)
+            _, prefix = teacher.read_prefix(*p.prefixes)
         cond = teacher.cos_velocity(p.x, p.angle, prefix, p.lengths)
         if p.guidance is None and scale == 1:
             return cond
-        c, m = teacher.config, p.x.shape[0]
-        _, alone = teacher.read_prefix(mx.array([[c.bos_token_id, c.boi_token_id]]))
-        null = [(mx.repeat(k, m, 0), mx.repeat(v, m, 0)) for k, v in alone]
-        return guided(cond, teacher.cos_velocity(p.x, p.angle, null, mx.full((m,), 2)), scale)
+        null, lengths = without_text(teacher, p)
+        return guided(cond, teacher.cos_velocity(p.x, p.angle, null, lengths), scale)
 
 
 def _text_logits(model: Transfusion, hidden: mx.array, text: TextArrays) -> mx.array:
@@ -338,22 +329,3 @@ def _same_weights(part: Transfusion, whole: Transfusion) -> bool:
         name in ours and ours[name].shape == value.shape and bool(mx.array_equal(ours[name], value))
         for name, value in dict(tree_flatten(part.parameters())).items()
     )
-
-
-def _arrays(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, TextArrays]:
-    """Noise the pictures and hand everything but the rest to mlx."""
-    x0 = clean_patches(model, batch.pictures.pixels)
-    z = patchify(mx.array(batch.pictures.noise), model.config.patch_size)
-    angle = mx.array(batch.pictures.angle)
-    a = angle[:, None, None]
-    pictures = PictureArrays(
-        mx.array(batch.ids),
-        mx.array(batch.lengths),
-        mx.array(batch.weight),
-        trigflow.mix(x0, z, a),
-        angle,
-        mx.cos(a) * trigflow.velocity_target(x0, z, a),
-        None if batch.guidance is None else mx.array(batch.guidance),
-    )
-    texts = TextArrays(*(mx.array(t) for t in (batch.text_index, batch.text_target, batch.text_weight)))
-    return pictures, texts

@@ -15,7 +15,7 @@ from mlx_transfusion import consistency, trigflow
 from mlx_transfusion.model_io import load
 from mlx_transfusion.sequence import Image
 from mlx_transfusion.training.config import load_train_config
-from mlx_transfusion.training.consistency_step import _arrays
+from mlx_transfusion.training.prefix_arrays import arrays_of
 from mlx_transfusion.training.prefix_data import PICTURE_MULTIPLE, count, prefix_batch, prefix_of
 from mlx_transfusion.training.teacher_text import divergence
 from mlx_transfusion.training.trainer import Trainer, train
@@ -68,7 +68,7 @@ def test_passes_on_arrays_equal_generation(config: MakeConfig) -> None:
     """`read_prefix` and `paint` (padded, batched) give what `prefill` and `velocity` give one by one."""
     trainer = Trainer(config())
     model, batch = trainer.model, prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9))
-    p, _ = _arrays(batch, model)
+    p, _ = arrays_of(batch, model)
     _, prefix = model.read_prefix(p.ids)
     out = np.array(model.paint(p.x, p.angle, prefix, p.lengths))
     for row in range(int(batch.weight.sum())):
@@ -85,7 +85,7 @@ def test_cos_velocity_is_that_of_generation(config: MakeConfig, prediction: str)
     trainer = Trainer(config())
     model = type(trainer.model)(dataclasses.replace(trainer.model.config, prediction=prediction))
     model.update(trainer.model.parameters())
-    p, _ = _arrays(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
+    p, _ = arrays_of(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
     angle = mx.minimum(p.angle, 1.5)
     _, prefix = model.read_prefix(p.ids)
     got = model.cos_velocity(p.x, angle, prefix, p.lengths)
@@ -98,7 +98,7 @@ def _tangent_of(trainer: Trainer, checkpointing: bool = False) -> tuple[np.ndarr
     """J of a batch, and the function that gives F at any state of it."""
     model = trainer.model
     model.gradient_checkpointing = checkpointing
-    p, _ = _arrays(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
+    p, _ = arrays_of(prefix_batch(trainer.train_data, trainer.train_data.documents(1, 9)), model)
     _, prefix = model.read_prefix(p.ids)
 
     def network(x: mx.array, angle: mx.array) -> mx.array:
@@ -162,7 +162,7 @@ def test_gradient_moves_the_network_along_the_tangent(config: MakeConfig) -> Non
     trainer = Trainer(config("accumulate=1", "consistency.adaptive_weight=false"))
     step, model = step_of(trainer), trainer.model
     batch = trainer._load(2).parts[0]
-    p, texts = _arrays(batch, model)
+    p, texts = arrays_of(batch, model)
     assert trainer.teacher is not None
     teacher = trainer.teacher.model
 
@@ -225,7 +225,7 @@ def test_gradient_of_easy_tuning_is_that_of_two_points(config: MakeConfig) -> No
     )
     step, model = step_of(trainer), trainer.model
     batch = trainer._load(2).parts[0]
-    p, texts = _arrays(batch, model)
+    p, texts = arrays_of(batch, model)
     p = p._replace(angle=mx.clip(p.angle, 0.2, 1.4))
     silent, total = tuple(mx.zeros_like(t) for t in texts), float(batch.weight.sum())
     cos_v = np.array(step._cos_velocity(p))
@@ -261,7 +261,7 @@ def test_guidance_changes_the_target_and_one_saves_a_pass(config: MakeConfig) ->
     kinds = {}
     for scale in (1.0, 2.0):
         trainer = Trainer(config(f"consistency.guidance={scale}"))
-        p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+        p, _ = arrays_of(trainer._load(0).parts[0], trainer.model)
         kinds[scale] = np.array(step_of(trainer)._cos_velocity(p))
     assert np.abs(kinds[1.0] - kinds[2.0]).max() > 1e-3
 

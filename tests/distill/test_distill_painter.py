@@ -13,7 +13,8 @@ from tiny_training import MakeConfig, state
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_io import load, save_model
 from mlx_transfusion.training.config import load_train_config
-from mlx_transfusion.training.consistency_step import LOSS_WEIGHT, _arrays
+from mlx_transfusion.training.consistency_step import LOSS_WEIGHT
+from mlx_transfusion.training.prefix_arrays import arrays_of
 from mlx_transfusion.training.trainer import Trainer, train
 
 
@@ -48,7 +49,7 @@ def test_a_painter_leaves_reading_and_writing_as_they_were(config: MakeConfig) -
 def test_a_painter_starts_as_its_teacher(config: MakeConfig) -> None:
     trainer = Trainer(config("consistency.student=painter"))
     assert trainer.teacher is not None
-    p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+    p, _ = arrays_of(trainer._load(0).parts[0], trainer.model)
     _, prefix = trainer.model.read_prefix(p.ids)
     a, b = (m.paint(p.x, p.angle, prefix, p.lengths) for m in (trainer.model, trainer.teacher.model))
     assert np.array_equal(np.array(a), np.array(b))
@@ -88,7 +89,7 @@ def test_a_painter_that_reads_otherwise_than_its_teacher_shares_no_prefix(
     assert step_of(alike)._read_alike
     assert not step_of(apart)._read_alike
     assert apart.teacher is not None
-    p, _ = _arrays(apart._load(0).parts[0], apart.model)
+    p, _ = arrays_of(apart._load(0).parts[0], apart.model)
     _, prefix = apart.teacher.model.read_prefix(p.ids)
     wanted, found = step_of(alike)._cos_velocity(p, prefix), step_of(apart)._cos_velocity(p)
     assert mx.abs(wanted - found).max().item() < 1e-5

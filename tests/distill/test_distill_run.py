@@ -18,7 +18,8 @@ from mlx_transfusion.errors import UserError
 from mlx_transfusion.images import read_record
 from mlx_transfusion.model_io import load
 from mlx_transfusion.training.checkpoint import checkpoints
-from mlx_transfusion.training.consistency_step import LOSS_WEIGHT, _arrays
+from mlx_transfusion.training.consistency_step import LOSS_WEIGHT
+from mlx_transfusion.training.prefix_arrays import arrays_of
 from mlx_transfusion.training.signals import BUCKETS, Signals, Watch
 from mlx_transfusion.training.trainer import Trainer, train
 
@@ -192,7 +193,7 @@ def test_a_teacher_that_predicts_noise_is_distilled(config: MakeConfig, folder: 
     run = config(f"consistency.teacher={noise_teacher}", "consistency.guidance=1.0", "steps=2")
     trainer = Trainer(run)
     plain = Trainer(config("consistency.guidance=1.0"))
-    p, _ = _arrays(trainer._load(0).parts[0], trainer.model)
+    p, _ = arrays_of(trainer._load(0).parts[0], trainer.model)
     as_velocity, as_noise = (np.array(step_of(t)._cos_velocity(p)) for t in (plain, trainer))
     a, x = np.array(p.angle)[:, None, None], np.array(p.x)
     # The same network output F: cos(a) F as a velocity, F - sin(a) x as noise.
