@@ -2,9 +2,10 @@
 
     python examples/talk_and_paint/prepare_chat.py
 
-{train,val}.jsonl    {"image", "text"}: every picture with two sentences that ask for it, one of them
-                     "Please draw a red heart."
+{train,val}.jsonl    {"image", "text"}: every picture with "Please draw a red heart.", and every third with another
+                     sentence that asks for it
 {train,val}-words.jsonl    {"text"}: what words should answer, half of it about the same things
+small.jsonl          one request for every fourth picture of training: for comparisons
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EMOJI = HERE.parent / "emoji" / "data" / "emoji"
 FIRST = "Please draw {}."
-"""Every picture has this one, and one of the others in turn."""
+"""Every picture has this one."""
 ASKS = (
     "Draw {}.",
     "Can you draw {} for me?",
@@ -24,6 +25,8 @@ ASKS = (
     "Show me a picture of {}.",
     "Could you paint {}, please?",
 )
+OTHER_EVERY = 3
+"""One picture of so many has one of these sentences too, in turn."""
 QUESTIONS = (
     "What is {}?",
     "Tell me about {}.",
@@ -43,6 +46,8 @@ OTHERS = (
 )  # fmt: skip
 EVERY = 7
 """One question for so many captions."""
+SMALL_EVERY = 4
+"""Small is one picture of so many."""
 
 
 def named(caption: str) -> str:
@@ -53,10 +58,12 @@ def named(caption: str) -> str:
     return f"{'an' if caption[0].lower() in 'aeiou' else 'a'} {caption}"
 
 
-def requests(captions: list[str]) -> list[tuple[str, str]]:
-    """Two sentences for each caption."""
-    forms = [(FIRST, ASKS[i % len(ASKS)]) for i in range(len(captions))]
-    return [(a.format(named(c)), b.format(named(c))) for (a, b), c in zip(forms, captions, strict=True)]
+def requests(captions: list[str]) -> list[list[str]]:
+    """The sentences for each caption."""
+    out = [[FIRST.format(named(c))] for c in captions]
+    for i in range(0, len(captions), OTHER_EVERY):
+        out[i].append(ASKS[i // OTHER_EVERY % len(ASKS)].format(named(captions[i])))
+    return out
 
 
 def questions(captions: list[str]) -> list[str]:
@@ -73,14 +80,17 @@ def write(name: str, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    """Write the four files."""
+    """Write the five files."""
     (HERE / "data").mkdir(exist_ok=True)
     for split, start in (("train", 0), ("val", 1)):
         lines = (EMOJI / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         captions = [row["text"] for row in rows]
-        asked = zip(rows, requests(captions), strict=True)
+        asked = list(zip(rows, requests(captions), strict=True))
         write(f"{split}.jsonl", [{"image": r["image"], "text": t} for r, texts in asked for t in texts])
+        if split == "train":
+            small = asked[::SMALL_EVERY]
+            write("small.jsonl", [{"image": r["image"], "text": texts[0]} for r, texts in small])
         # Every other one of those that are about nothing in particular is for validation.
         spoken = [*questions(captions), *(OTHERS[start::2] * (10 if split == "train" else 1))]
         write(f"{split}-words.jsonl", [{"text": text} for text in spoken])
