@@ -1,6 +1,6 @@
 """How often is an edit of edits_val.jsonl nearest to the right picture?
 
-    python examples/edit_emoji/evaluate_edits.py MODEL [--guidance 3] [--image-guidance 1] [--sheet FILE.png]
+    python examples/edit_emoji/evaluate_edits.py MODEL [--guidance S] [--image-guidance S] [--steps N] [--sheet FILE.png]
 
 For each of the 120 edits, whose targets no training row has as a target: the distance (mean squared difference of
 pixels) from the output to every variant of its base, that is to the source and to all targets that any edit of
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--adapter", action="append", default=[])
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="the model's own if not given")
     parser.add_argument("--image-guidance", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument(
@@ -72,8 +72,10 @@ def main() -> None:
     result = {
         "edits": len(rows),
         "variants_mean": float(np.mean([len(variants[row["source"]]) + 1 for row in rows])),
-        "guidance": a.guidance,
+        "guidance": made[0].settings["guidance"],
         "image_guidance": a.image_guidance,
+        "sampler": made[0].settings["sampler"],
+        "steps": made[0].settings["steps"],
         "nearest_is_target": accuracy(outputs, rows, pictures, variants, True),
         "copy_nearest_is_target": accuracy(sources, rows, pictures, variants, True),
         "copy_without_source_among_variants": accuracy(sources, rows, pictures, variants, False),
