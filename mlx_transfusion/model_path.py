@@ -9,11 +9,17 @@ from pathlib import Path
 
 from mlx_transfusion.errors import UserError
 
-BUNDLED = ("emoji", "emoji-2step")
-"""Models that come with the package, each the folder bundled/NAME: a diffusion model and its 2-step student."""
+PAINTERS = ("emoji", "emoji-2step")
+"""A diffusion model and its 2-step student."""
+
+EDITOR = "emoji-edit"
+"""The diffusion model, trained on to edit by instruction."""
+
+BUNDLED = (*PAINTERS, EDITOR)
+"""Models that come with the package, each the folder bundled/NAME."""
 
 DEFAULT_MODEL = "emoji-2step"
-"""The one of them that is used when none is named."""
+"""The one of them that is used when none is named, but for edits."""
 
 CONFIG_FILE = "config.json"
 AUTOENCODER = "autoencoder"

@@ -73,17 +73,18 @@ def test_the_wheel_holds_the_bundled_model_and_the_converters(wheel: Path) -> No
 
 
 def test_the_bundled_models_are_whole_and_small() -> None:
-    """The teacher at most 16 MB, all folders together at most 24 MB, each with a config and weights."""
+    """The teacher at most 16 MB, with its student at most 24 MB, each folder with a config and weights."""
     sizes = {
         folder.name: {file.name: file.stat().st_size for file in folder.iterdir()}
         for folder in (ROOT / "mlx_transfusion" / "bundled").iterdir()
     }
-    assert {"emoji"} <= set(sizes) <= set(model_path.BUNDLED)
+    assert set(sizes) == set(model_path.BUNDLED)
     for name, files in sizes.items():
         whole = {"config.json", "model.safetensors", "tokenizer.model"} <= set(files)
         assert whole or {"adapter_config.json", "adapters.safetensors"} <= set(files), name
     assert sum(sizes["emoji"].values()) <= 16e6
-    assert sum(sum(files.values()) for files in sizes.values()) <= 24e6
+    assert sum(sum(sizes[name].values()) for name in model_path.PAINTERS) <= 24e6
+    assert sum(sizes[model_path.EDITOR].values()) <= 10e6
 
 
 def test_the_wheel_carries_the_licences_and_the_version(wheel: Path) -> None:

@@ -1,6 +1,6 @@
 """How often is an edit of edits_val.jsonl nearest to the right picture?
 
-    python examples/edit_emoji/evaluate_edits.py MODEL [--guidance S] [--image-guidance S] [--steps N] [--sheet FILE.png]
+    python examples/edit_emoji/evaluate_edits.py MODEL [--guidance S] [--steps N] [--sheet FILE.png]
 
 For each of the 120 edits, whose targets no training row has as a target: the distance (mean squared difference of
 pixels) from the output to every variant of its base, that is to the source and to all targets that any edit of

@@ -2,7 +2,7 @@
 
 Takes a checkpoint (its EMA weights), a model folder or an adapter, with its config, objective and tokenizer, and
 stores the weights in half precision, or with --bits the decoder's matrices, embedding and head in fewer bits. A
-consistency model becomes the bundled student, any other the bundled teacher.
+consistency model becomes the bundled student, any other the bundled teacher; --output stores it elsewhere.
 """
 
 from __future__ import annotations

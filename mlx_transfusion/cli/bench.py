@@ -12,7 +12,7 @@ import typer
 from mlx_transfusion.cli import options
 from mlx_transfusion.cli.terminal import bar, result
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_path import BUNDLED
+from mlx_transfusion.model_path import PAINTERS
 
 
 def bench(
@@ -23,7 +23,7 @@ def bench(
             "-m",
             metavar="MODEL",
             help="As for generate. Repeatable.",
-            show_default=", ".join(BUNDLED),
+            show_default=", ".join(PAINTERS),
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often each thing is timed.")] = 3,
@@ -40,7 +40,7 @@ def bench(
         for line in lines(machine):
             result(line)
     reports = []
-    for name in model or BUNDLED:
+    for name in model or PAINTERS:
         facts, text = _bench(name, rounds, training)
         reports.append(facts)
         if not as_json:

@@ -13,6 +13,7 @@ from mlx_transfusion.cli import options
 from mlx_transfusion.cli.job import Files, choose_seeds, new_job
 from mlx_transfusion.cli.terminal import bar, message, picture_path, result
 from mlx_transfusion.errors import UserError
+from mlx_transfusion.model_path import EDITOR
 from mlx_transfusion.settings import DEFAULTS, GenerationSettings
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def edit(
     instruction: Annotated[
         str | None, typer.Argument(metavar="INSTRUCTION", help='E.g. "make it dark skin tone".')
     ] = None,
-    model: options.Model = None,
+    model: options.EditModel = None,
     adapter: options.Adapter = None,
     seed: options.Seeds = None,
     num_images: Annotated[
@@ -57,7 +58,7 @@ def edit(
 ) -> None:
     """Change a picture as an instruction says; prints the name of each file.
 
-    The model has to be one that was trained on edits: a converted BAGEL, or one of `finetune` on rows
+    Another model than the bundled one has to be trained on edits: a converted BAGEL, or one of `finetune` on rows
     {"source", "instruction", "target"}. The PNG carries its settings; `--from` repeats it from the same IMAGE.
     """
     if (instruction is None) == (repeat is None):
@@ -79,8 +80,6 @@ def edit(
             image_guidance = float(record["edit"]["image_guidance"])
         if (width, height) == (None, None):
             width, height = record.get("width"), record.get("height")
-    if model is None:  # the bundled ones were not
-        raise UserError("give --model MODEL, one that was trained on edits")
     assert instruction is not None
     settings = options.image_settings(settings, **flags).check()  # type: ignore[arg-type]
     seeds = choose_seeds(seeds, num_images)
@@ -91,7 +90,7 @@ def edit(
 
     output = picture_path(output)
     check_folder(output.parent)
-    loaded = load_adapted(model, adapter or [])
+    loaded = load_adapted(model or EDITOR, adapter or [])
     pixels = load_source(loaded.pictures, image)
     size = _size(loaded, pixels, width, height)
     if repeat is not None:

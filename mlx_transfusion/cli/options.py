@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mlx_transfusion.errors import UserError
-from mlx_transfusion.model_path import BUNDLED, DEFAULT_MODEL
+from mlx_transfusion.model_path import BUNDLED, DEFAULT_MODEL, EDITOR
 from mlx_transfusion.objective import CONSISTENCY
 from mlx_transfusion.settings import (
     CONSISTENCY_GUIDANCE,
@@ -19,14 +19,18 @@ from mlx_transfusion.settings import (
     GenerationSettings,
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
+
+def _model(default: str) -> Any:
+    """The option that names a model."""
+    return typer.Option(
         "--model", "-m", metavar="MODEL",
         help=f'Model folder, "org/name" on the Hugging Face hub, or bundled: {" or ".join(BUNDLED)}.',
-        show_default=DEFAULT_MODEL,
-    ),
-]  # fmt: skip
+        show_default=default,
+    )  # fmt: skip
+
+
+Model = Annotated[str | None, _model(DEFAULT_MODEL)]
+EditModel = Annotated[str | None, _model(EDITOR)]
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
