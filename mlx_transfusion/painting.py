@@ -64,11 +64,11 @@ def prefill(model: TextFamily, prefix_ids: Sequence[Sequence[int]]) -> KVCache:
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids as (ids int32 [B, T], padded on the right; lengths int32 [B])."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.full((len(rows), int(lengths.max())), pad_id, np.int32)
+    lengths = [len(row) for row in rows]
+    ids = np.full((len(rows), max(lengths)), pad_id, np.int32)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
-    return ids, lengths
+    return ids, np.array(lengths, np.int32)
 
 
 def paint_after(

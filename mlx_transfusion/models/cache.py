@@ -113,7 +113,8 @@ class KVCache:
         last = self.valid.shape[1] - 1 - np.argmax(self.valid[:, ::-1], 1)
         valid = self.valid.copy()
         valid[np.arange(self.batch), last] = False
-        columns = int(np.flatnonzero(valid.any(0)).max(initial=-1)) + 1
+        used = np.flatnonzero(valid.any(0))
+        columns = int(used[-1]) + 1 if len(used) else 0
         out = KVCache(len(self.layers), self.batch)
         out._room = [None if p is None else _first(p, columns) for p in self._room]
         out.valid, out.positions = valid[:, :columns], self.positions - 1

@@ -57,7 +57,7 @@ class DiscreteStep(Step):
         for i in range(batches):
             batch = data.batch(data.documents(i, size))
             text, image, _ = _sums(self._model, to_arrays(targets_of(batch, self._model.config)))
-            total += [text.item(), batch.text_targets, image.item(), (batch.angle > 0).sum()]
+            total += np.array([text.item(), batch.text_targets, image.item(), (batch.angle > 0).sum()])
         return {
             "valid_text_loss": float(total[0] / max(1, total[1])),
             "valid_image_loss": float(total[2] / max(1, total[3])),
