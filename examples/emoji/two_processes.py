@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -58,8 +59,11 @@ def train_and_kill(command: list[str], checkpoints: Path) -> Path:
             sys.exit(f"the run of two processes ended by itself with code {launched.returncode}")
         time.sleep(0.02)
     # Each of torchrun's workers has a process group of its own, so no signal to a group reaches all.
-    for process in [launched.pid, *children(launched.pid)]:
-        os.kill(process, signal.SIGKILL)
+    workers = children(launched.pid)
+    launched.kill()
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
     launched.wait()
     return found[-1]
 
@@ -67,8 +71,10 @@ def train_and_kill(command: list[str], checkpoints: Path) -> Path:
 def children(parent: int) -> list[int]:
     """The processes that a process has started."""
     if Path("/proc/self/stat").exists():
-        stats = (path.read_text() for path in Path("/proc").glob("[0-9]*/stat"))
-        pairs = [(s.split(maxsplit=1)[0], s.rpartition(")")[2].split()[1]) for s in stats]
+        pairs = []
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # others come and go meanwhile
+                pairs.append((file.parent.name, file.read_text().rpartition(")")[2].split()[1]))
     else:
         listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True)
         pairs = [(line.split()[0], line.split()[1]) for line in listed.stdout.splitlines()]
