@@ -18,10 +18,10 @@ from mlx_transfusion.models.llama_painter_config import LlamaPainterConfig
 from mlx_transfusion.picture_sizes import Size
 from mlx_transfusion.sequence import Image, Segment, Text
 from mlx_transfusion.training.config import SourceConfig
-from mlx_transfusion.training.data import PICTURE_MULTIPLE, DataSet, Document
+from mlx_transfusion.training.data import DataSet, Document
 from mlx_transfusion.training.prefix_data import (
-    COLUMN_MULTIPLE,
     PrefixBatch,
+    padded_prefixes,
     prefix_batch,
     prefix_of,
 )
@@ -87,13 +87,11 @@ def painter_batch(data: DataSet, documents: Sequence[Document], config: LlamaPai
     painted = prefix_batch(data, pictures, config.pictures.pad_token_id)
     asked = np.zeros(len(painted.ids), np.float32)
     asked[: len(pictures)] = [wishes(d, config) for d in pictures]
-    rows = sequence.bucket(len(turns), PICTURE_MULTIPLE) if turns else 0
-    columns = sequence.bucket(max((len(t) for t in turns), default=1), COLUMN_MULTIPLE)
-    ids = np.full((rows, columns), config.pictures.pad_token_id, np.int32)
-    lengths = np.ones(rows, np.int32)
-    for row, turn in enumerate(turns):
-        ids[row, : len(turn)], lengths[row] = turn, len(turn)
-    return PainterBatch(painted, asked, ids, lengths, (np.arange(rows) < len(turns)).astype(np.float32))
+    ids, lengths = padded_prefixes(turns, config.pictures.pad_token_id)
+    if not turns:
+        ids, lengths = ids[:0], lengths[:0]
+    weight = (np.arange(len(ids)) < len(turns)).astype(np.float32)
+    return PainterBatch(painted, asked, ids, lengths, weight)
 
 
 def turn_of(document: Document) -> list[int]:

@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_transfusion import losses, trigflow
+from mlx_transfusion import losses
 from mlx_transfusion.errors import UserError
 from mlx_transfusion.model_files import read_safetensors
 from mlx_transfusion.model_io import Loaded, load, read_config
@@ -25,14 +25,13 @@ from mlx_transfusion.model_path import resolve
 from mlx_transfusion.models.layers import KeysValues
 from mlx_transfusion.models.llama_painter import LlamaPainter
 from mlx_transfusion.models.llama_painter_config import LlamaPainterConfig
-from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.picture_side import PAINTER_FILE, write_folder
 from mlx_transfusion.training.config import TrainConfig
 from mlx_transfusion.training.data import DataSet, Document
 from mlx_transfusion.training.painter_data import PainterBatch, painter_batch, wishes
 from mlx_transfusion.training.pixels import BYTES_PER_GIB
 from mlx_transfusion.training.prompt_memory import PromptMemory
-from mlx_transfusion.training.step import Step, Tree
+from mlx_transfusion.training.step import Step, Tree, noised
 
 
 class PainterArrays(NamedTuple):
@@ -133,18 +132,16 @@ class PainterStep(Step):
         """Noise the pictures, read the prompts, and hand everything to mlx."""
         p = batch.painted
         x0 = self._model.encode(mx.array(p.pictures.pixels).astype(mx.float32) / 255)
-        z = patchify(mx.array(p.pictures.noise), self._model.config.patch_size)
-        angle = mx.array(p.pictures.angle)
-        per_patch = angle[:, None, None]
+        x, angle, _, velocity = noised(x0, p.pictures, self._model.config.patch_size)
         prefix, before = self._prompts.read(p.ids, p.lengths, 1)  # the last token is begin-of-image
         _, turns = self._prompts.read(batch.ids, batch.lengths, 0)
         arrays = PainterArrays(
             mx.array(p.lengths),
             mx.array(p.weight),
             mx.array(batch.asked),
-            trigflow.mix(x0, z, per_patch),
+            x,
             angle,
-            trigflow.velocity_target(x0, z, per_patch),
+            velocity,
             before,
             turns,
             mx.array(batch.weight),

@@ -8,15 +8,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_transfusion import trigflow
 from mlx_transfusion.models.cache import KVCache
 from mlx_transfusion.models.layers import KeysValues
-from mlx_transfusion.models.patches import patchify
 from mlx_transfusion.models.transfusion import Transfusion
 from mlx_transfusion.painting import paint_after
 from mlx_transfusion.settings import GenerationSettings
 from mlx_transfusion.training.prefix_data import PrefixBatch, Sources
-from mlx_transfusion.training.step import clean_patches
+from mlx_transfusion.training.step import clean_patches, noised
 
 
 class PictureArrays(NamedTuple):
@@ -61,16 +59,14 @@ class TextArrays(NamedTuple):
 def arrays_of(batch: PrefixBatch, model: Transfusion) -> tuple[PictureArrays, TextArrays]:
     """Noise the pictures and hand everything but the rest to mlx."""
     x0 = clean_patches(model, batch.pictures.pixels)
-    z = patchify(mx.array(batch.pictures.noise), model.config.patch_size)
-    angle = mx.array(batch.pictures.angle)
-    a = angle[:, None, None]
+    x, angle, _, velocity = noised(x0, batch.pictures, model.config.patch_size)
     pictures = PictureArrays(
         mx.array(batch.ids),
         mx.array(batch.lengths),
         mx.array(batch.weight),
-        trigflow.mix(x0, z, a),
+        x,
         angle,
-        mx.cos(a) * trigflow.velocity_target(x0, z, a),
+        mx.cos(angle)[:, None, None] * velocity,
         None if batch.guidance is None else mx.array(batch.guidance),
         None if batch.sources is None else _source_arrays(batch.sources, model),
     )

@@ -172,7 +172,7 @@ def _painted(
         patches,
         None,
         size,
-        sources=sources_of(painted, every.pixels, pad_id),
+        sources=_sources(painted, every.pixels, pad_id),
     )
 
 
@@ -189,7 +189,7 @@ def padded_prefixes(prefixes: Sequence[Sequence[int]], pad_id: int) -> tuple[np.
     return ids, lengths
 
 
-def sources_of(
+def _sources(
     painted: Sequence[tuple[Document, list[int]]], pixels: np.ndarray, pad_id: int
 ) -> Sources | None:
     """The sources of the edits among documents with their prefixes; None without any.

@@ -56,11 +56,18 @@ def to_arrays(batch: Batch, model: Transfusion) -> tuple[TrainArrays, Targets, m
 def _noised(pictures: Pictures, model: Transfusion) -> tuple[mx.array, mx.array, mx.array]:
     """Noisy patches [M, N, P], angles [M], and what the network is to predict [M, N, P]."""
     x0 = clean_patches(model, pictures.pixels)
-    z = patchify(mx.array(pictures.noise), model.config.patch_size)
+    x, angle, z, velocity = noised(x0, pictures, model.config.patch_size)
+    return x, angle, z if model.config.prediction == "epsilon" else velocity
+
+
+def noised(
+    x0: mx.array, pictures: Pictures, patch_size: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Of clean patches x0 [M, N, P] with their noise and angles: noisy ones, angles [M], noise, TrigFlow velocity."""
+    z = patchify(mx.array(pictures.noise), patch_size)
     angle = mx.array(pictures.angle)
     a = angle[:, None, None]
-    target = z if model.config.prediction == "epsilon" else trigflow.velocity_target(x0, z, a)
-    return trigflow.mix(x0, z, a), angle, target
+    return trigflow.mix(x0, z, a), angle, z, trigflow.velocity_target(x0, z, a)
 
 
 def in_precision(batch: TrainArrays, dtype: mx.Dtype) -> TrainArrays:
